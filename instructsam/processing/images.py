@@ -39,33 +39,33 @@ def load_image(source: ImageSource) -> Image.Image:
         ValueError: naming the file and the reason, if it is missing, truncated, or no image that can be shown as RGB.
     """
     if isinstance(source, Image.Image):
-        return _upright_rgb(source, f"image in memory (mode {source.mode}, {source.width}x{source.height})")
-    name = os.fspath(source)
-    if not os.path.isfile(name):
-        raise ValueError(f"{name}: no such image file")
+        name = f"image in memory (mode {source.mode}, {source.width}x{source.height})"
+    else:
+        name = os.fspath(source)
+        if not os.path.isfile(name):
+            raise ValueError(f"{name}: no such image file")
     try:
+        if isinstance(source, Image.Image):
+            return _upright_rgb(source)
         with Image.open(name) as image:
-            return _upright_rgb(image, name)
+            return _upright_rgb(image)
     except Image.UnidentifiedImageError:
-        raise ValueError(f"{name}: not an image, or of a format that Pillow does not know") from None
-
-
-def _upright_rgb(image: Image.Image, name: str) -> Image.Image:
-    try:
-        image.load()  # Image.open reads the header only: this is where truncated files show
-        image = ImageOps.exif_transpose(image)
+        raise ValueError(f"{name}: not an image, broken at its start, or of a format Pillow does not know") from None
     except _READ_ERRORS as error:
-        raise ValueError(f"{name}: cannot be read, broken or truncated ({error})") from error
-    if image.width == 0 or image.height == 0:
-        raise ValueError(f"{name}: has no pixels ({image.width}x{image.height})")
+        raise ValueError(f"{name}: cannot be read as a picture, broken or truncated? ({error})") from error
+
+
+def _upright_rgb(image: Image.Image) -> Image.Image:
+    image.load()  # Image.open reads the header only: this is where truncated files show
+    image = ImageOps.exif_transpose(image)
     if image.mode == "F":
-        raise ValueError(f"{name}: floating-point pixels have no agreed range, convert the picture to 8 bit first")
+        raise ValueError("floating-point pixels have no agreed range, convert them to 8 bit first")
     if image.mode.startswith("I"):  # 16-bit grey, which older Pillow versions read as 32-bit integers
-        grey = np.clip(np.asarray(image).astype(np.int64) // 257, 0, 255).astype(np.uint8)
-        return Image.fromarray(grey).convert("RGB")
+        grey = np.asarray(image).astype(np.int64) // 257
+        return Image.fromarray(grey.clip(0, 255).astype(np.uint8)).convert("RGB")
     if image.has_transparency_data:
-        opaque = Image.new("RGBA", image.size, "white")
-        return Image.alpha_composite(opaque, image.convert("RGBA")).convert("RGB")
+        canvas = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(canvas, image.convert("RGBA")).convert("RGB")
     return image.convert("RGB")
 
 

@@ -1,0 +1,6 @@
+"""Entry point: ``python -m instructsam.make_tiny_world --root data/tiny_world``."""
+
+from instructsam.data.tiny_world import main
+
+if __name__ == "__main__":
+    main()

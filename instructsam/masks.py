@@ -1,0 +1,441 @@
+"""Masks in all their forms: run-length codes (RLE), polygons and boxes to and from arrays; areas, boxes, IoU, unions.
+
+Everything that comes from outside is checked *before* it reaches pycocotools, whose C code trusts its input: a
+truncated string is read beyond its end, counts that do not sum to height x width write beyond the mask (DESIGN
+section 16). The check reads the compressed strings with numpy, many at a time. Results are canonical: compressed, ``counts`` a
+``str`` (so that they can be written as JSON), and no empty runs within.
+
+Shapes: N masks, H W pixels. Boxes are [x1, y1, x2, y2] in pixels with exclusive ends, so that x2 - x1 is a width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from numbers import Integral
+from typing import Any, cast
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from pycocotools import mask as coco
+
+from instructsam.structures import RLE
+
+MAX_PIXELS = 2**31 - 1  # the C code counts pixels in 32 bits
+_MAX_DIGITS = 7  # base-32 digits (5 bits each) of a number below 2**31, with its sign
+_CHUNK_PIXELS = 2**30  # pixels handed to the C encoder at once: it also counts those of a batch in 32 bits
+
+
+# ---- checking ---------------------------------------------------------------------------------------------------
+
+
+def check_rle(rle: Any, height: int | None = None, width: int | None = None, what: str = "RLE") -> RLE:
+    """Check one run-length code; see :func:`check_rles`. ``what`` is its name in error messages."""
+    return _check([rle], height, width, lambda _: what)[0]
+
+
+def check_rles(
+    rles: Iterable[Any], height: int | None = None, width: int | None = None, what: str = "rles"
+) -> list[RLE]:
+    """Check run-length codes and bring them to canonical form.
+
+    Args:
+        rles: dicts with ``size`` [height, width] and ``counts``: a compressed ``str`` or ``bytes``, or a list of run
+            lengths (background first, column by column).
+        height, width: the size that they must have, in pixels; any size where None.
+        what: name of the list in error messages.
+
+    Returns:
+        New dicts with a compressed ``str`` as counts and no empty run except possibly the first.
+
+    Raises:
+        ValueError: ``what[index]: reason`` for anything malformed.
+    """
+    return _check(rles, height, width, lambda index: f"{what}[{index}]")
+
+
+def _check(rles: Iterable[Any], height: int | None, width: int | None, name: Callable[[int], str]) -> list[RLE]:
+    sizes: list[list[int]] = []
+    strings: list[bytes] = []
+    for index, rle in enumerate(rles):
+        try:
+            size, counts = _fields(rle, height, width)
+            sizes.append(size)
+            strings.append(counts if isinstance(counts, bytes) else _compress(_run_lengths(counts, size), size))
+        except ValueError as error:
+            raise ValueError(f"{name(index)}: {error}") from None
+    if not strings:
+        return []
+
+    counts_flat, starts = _read_counts(strings, name)
+    owner = np.repeat(np.arange(len(strings)), np.diff(starts))
+    pixels = np.array([size[0] * size[1] for size in sizes], dtype=np.int64)
+    wrong = (counts_flat < 0) | (counts_flat > pixels[owner])
+    if wrong.any():
+        at = int(wrong.argmax())
+        index = int(owner[at])
+        raise ValueError(
+            f"{name(index)}: run {at - starts[index]} has length {counts_flat[at]}, "
+            f"which does not fit {_times(sizes[index])} = {pixels[index]} pixels"
+        )
+    running = np.concatenate([[0], np.cumsum(counts_flat)])
+    totals = running[starts[1:]] - running[starts[:-1]]
+    if (totals != pixels).any():
+        index = int((totals != pixels).argmax())
+        raise ValueError(
+            f"{name(index)}: counts sum to {totals[index]}, but {_times(sizes[index])} has {pixels[index]} pixels"
+        )
+    # The C code mistakes empty runs after the first for pixels when it looks for a mask's box.
+    empty_runs = counts_flat == 0
+    empty_runs[starts[:-1]] = False
+    for index in np.unique(owner[empty_runs]).tolist():
+        strings[index] = _compress(_without_empty_runs(counts_flat[starts[index] : starts[index + 1]]), sizes[index])
+    return [_rle(size, string) for size, string in zip(sizes, strings, strict=True)]
+
+
+def _fields(rle: Any, height: int | None, width: int | None) -> tuple[list[int], Any]:
+    """Size and counts of something that should be an RLE; textual counts come as bytes."""
+    if not isinstance(rle, Mapping):
+        raise ValueError(f"expected a dict with size and counts, got {type(rle).__name__}")
+    if missing := [key for key in ("size", "counts") if key not in rle]:
+        raise ValueError(f"has no {' and no '.join(missing)}")
+    size = rle["size"]
+    if not isinstance(size, list | tuple | np.ndarray) or len(size) != 2 or not all(map(_is_integer, size)):
+        raise ValueError(f"size must be two integers [height, width], got {size!r}")
+    rows, columns = int(size[0]), int(size[1])
+    _check_size(rows, columns)
+    if height not in (None, rows) or width not in (None, columns):
+        raise ValueError(
+            f"size is {_times((rows, columns))} (height x width), expected {height or 'any'}x{width or 'any'}"
+        )
+    counts = rle["counts"]
+    if isinstance(counts, str):
+        if not counts.isascii():
+            raise ValueError("counts holds characters that are not ASCII")
+        counts = counts.encode("ascii")
+    elif not isinstance(counts, bytes | list | tuple | np.ndarray):
+        raise ValueError(f"counts must be a compressed string or a list of run lengths, got {type(counts).__name__}")
+    if len(counts) == 0:
+        raise ValueError("counts is empty")
+    return [rows, columns], counts
+
+
+def _run_lengths(counts: ArrayLike, size: list[int]) -> NDArray[np.int64]:
+    """An uncompressed list of run lengths as an array, fit to be compressed; its sum is checked afterwards."""
+    try:
+        array = np.asarray(counts)
+    except ValueError:
+        array = np.empty(0)
+    if array.ndim != 1 or array.dtype.kind not in "iu":
+        raise ValueError("counts must be a flat list of integers")
+    if array.min() < 0 or array.max() > size[0] * size[1]:
+        raise ValueError(f"counts holds a run outside 0...{size[0] * size[1]}: {int(array.min())}...{int(array.max())}")
+    return array.astype(np.int64)
+
+
+def _read_counts(strings: Sequence[bytes], name: Callable[[int], str]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Read compressed counts, all strings in one go.
+
+    A number is a run of characters of 6 bits (offset 48): 5 bits of the number, lowest first, and one bit that says
+    whether more follow; the last character's highest number bit is the sign. From the fourth number on, each is the
+    difference to the number two before.
+
+    Returns:
+        All run lengths one after another, and (N + 1,) where each string's begin (and the last ends).
+    """
+    lengths = np.array([len(string) for string in strings])
+    chars = np.frombuffer(b"".join(strings), dtype=np.uint8).astype(np.int64) - 48
+    char_starts = np.concatenate([[0], np.cumsum(lengths)])
+
+    def owner(char: int) -> int:
+        return int(np.searchsorted(char_starts, char, side="right")) - 1
+
+    bad = (chars < 0) | (chars > 63)
+    if bad.any():
+        at = int(bad.argmax())
+        index = owner(at)
+        raise ValueError(
+            f"{name(index)}: counts holds the character {chr(chars[at] + 48)!r} at position {at - char_starts[index]}, "
+            "which the compressed form does not know"
+        )
+    is_last = chars & 0x20 == 0
+    cut = ~is_last[char_starts[1:] - 1]
+    if cut.any():
+        raise ValueError(f"{name(int(cut.argmax()))}: counts is truncated, its last number is incomplete")
+    lasts = np.flatnonzero(is_last)
+    firsts = np.concatenate([[0], lasts[:-1] + 1])
+    digits = lasts - firsts + 1
+    if digits.max() > _MAX_DIGITS:
+        raise ValueError(f"{name(owner(int(firsts[digits.argmax()])))}: counts holds a number too long for any image")
+    place = 5 * (np.arange(len(chars)) - np.repeat(firsts, digits))
+    values = np.add.reduceat((chars & 0x1F) << place, firsts)
+    values -= np.where(chars[lasts] & 0x10, np.int64(1) << (5 * digits), 0)
+
+    starts = np.searchsorted(firsts, char_starts)
+    position = np.arange(len(values)) - np.repeat(starts[:-1], np.diff(starts))
+    # Undo the differences: 1, 3, 5, ... and 2, 4, 6, ... of every string are running sums; number 0 stands alone.
+    for chain in (np.flatnonzero(position % 2 == 1), np.flatnonzero((position % 2 == 0) & (position > 0))):
+        if len(chain):
+            begins = np.flatnonzero(position[chain] <= 2)
+            sums = np.cumsum(values[chain])
+            before = sums[begins] - values[chain[begins]]
+            values[chain] = sums - np.repeat(before, np.diff(np.append(begins, len(chain))))
+    return values, starts
+
+
+def _without_empty_runs(counts: NDArray[np.int64]) -> NDArray[np.int64]:
+    values = np.arange(len(counts)) % 2
+    values, counts = values[counts > 0], counts[counts > 0]
+    begins = np.flatnonzero(np.diff(values, prepend=-1))
+    merged = np.add.reduceat(counts, begins)
+    return np.concatenate([[0], merged]) if values[0] == 1 else merged
+
+
+def _compress(counts: NDArray[np.int64], size: list[int]) -> bytes:
+    return cast(bytes, coco.frPyObjects({"size": size, "counts": counts.tolist()}, *size)["counts"])
+
+
+def _rle(size: Sequence[int], counts: bytes) -> RLE:
+    return {"size": [int(size[0]), int(size[1])], "counts": counts.decode("ascii")}
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def _times(size: Sequence[int]) -> str:
+    return f"{size[0]}x{size[1]}"
+
+
+def _check_size(height: int, width: int) -> None:
+    if height <= 0 or width <= 0 or height * width > MAX_PIXELS:
+        raise ValueError(f"size {height}x{width} (height x width) is not that of an image")
+
+
+# ---- arrays -----------------------------------------------------------------------------------------------------
+
+
+def encode(mask: ArrayLike) -> RLE:
+    """Encode a mask (H, W), boolean or of zeros and ones.
+
+    Raises:
+        ValueError: for another shape, or other values (threshold logits or grey values first).
+    """
+    array = np.asarray(mask)
+    if array.ndim != 2:
+        raise ValueError(f"a mask must have shape (H, W), got {array.shape}")
+    return encode_batch(array[None])[0]
+
+
+def encode_batch(masks: ArrayLike) -> list[RLE]:
+    """Encode masks (N, H, W), boolean or of zeros and ones; raises as :func:`encode`."""
+    array = np.asarray(masks)
+    if array.ndim != 3:
+        raise ValueError(f"masks must have shape (N, H, W), got {array.shape}")
+    if array.dtype != np.bool_:
+        if not ((array == 0) | (array == 1)).all():
+            raise ValueError("masks must be boolean or hold zeros and ones only: threshold them first")
+        array = array.astype(np.bool_)
+    count, height, width = array.shape
+    _check_size(height, width)
+    rles: list[RLE] = []
+    step = max(1, _CHUNK_PIXELS // (height * width))
+    for start in range(0, count, step):
+        # The C code wants (H, W, N) in Fortran order, which is (N, W, H) in memory.
+        columns = np.ascontiguousarray(array[start : start + step].transpose(0, 2, 1)).view(np.uint8)
+        rles.extend(_rle(rle["size"], rle["counts"]) for rle in coco.encode(columns.transpose(2, 1, 0)))
+    return rles
+
+
+def decode(rle: Any, height: int | None = None, width: int | None = None) -> NDArray[np.bool_]:
+    """Decode an RLE to a boolean mask (H, W). Raises ValueError where malformed or not of the size given."""
+    checked = check_rle(rle, height, width)
+    return decode_batch([checked], *checked["size"], checked=True)[0]
+
+
+def decode_batch(rles: Iterable[Any], height: int, width: int, checked: bool = False) -> NDArray[np.bool_]:
+    """Decode RLEs of one size to boolean masks (N, H, W); N may be 0. Raises ValueError as :func:`check_rles`."""
+    codes = list(rles) if checked else check_rles(rles, height, width)
+    if not codes:
+        return np.zeros((0, height, width), dtype=np.bool_)
+    counts, starts = _read_counts([code["counts"].encode("ascii") for code in codes], str)
+    values = (np.arange(len(counts)) - np.repeat(starts[:-1], np.diff(starts))) % 2 == 1
+    flat = np.repeat(values, counts)
+    return np.ascontiguousarray(flat.reshape(len(codes), width, height).transpose(0, 2, 1))
+
+
+# ---- measures ---------------------------------------------------------------------------------------------------
+# ``checked=True`` says that the codes come from this module and all have one size: they are not looked at again.
+
+
+def areas(rles: Iterable[Any], checked: bool = False) -> NDArray[np.int64]:
+    """Areas (N,) in pixels."""
+    codes = list(rles) if checked else check_rles(rles)
+    return np.asarray(coco.area(codes), dtype=np.int64).reshape(len(codes))
+
+
+def area(rle: Any) -> int:
+    """Area of one mask in pixels."""
+    return int(areas([rle])[0])
+
+
+def bboxes(rles: Iterable[Any], checked: bool = False) -> NDArray[np.float64]:
+    """Tight boxes (N, 4) as [x1, y1, x2, y2] in pixels with exclusive ends; zeros for an empty mask."""
+    codes = list(rles) if checked else check_rles(rles)
+    if not codes:
+        return np.zeros((0, 4))
+    boxes = np.array(coco.toBbox(codes), dtype=np.float64).reshape(len(codes), 4)
+    boxes[:, 2:] += boxes[:, :2]
+    return boxes
+
+
+def bbox(rle: Any) -> tuple[float, float, float, float]:
+    """Tight box of one mask; see :func:`bboxes`."""
+    x1, y1, x2, y2 = bboxes([rle])[0].tolist()
+    return x1, y1, x2, y2
+
+
+def pairwise_iou(rles_a: Iterable[Any], rles_b: Iterable[Any], checked: bool = False) -> NDArray[np.float64]:
+    """IoU of every mask of one list with every mask of another, all of one size.
+
+    Returns:
+        (A, B) in 0...1. Two empty masks have IoU 0: an instance without pixels matches nothing.
+
+    Raises:
+        ValueError: for a malformed code, or sizes that differ.
+    """
+    codes_a, codes_b = list(rles_a), list(rles_b)
+    if not checked:
+        codes_a, codes_b = check_rles(codes_a, what="rles_a"), check_rles(codes_b, what="rles_b")
+        sizes = {_times(code["size"]) for code in (*codes_a, *codes_b)}
+        if len(sizes) > 1:
+            raise ValueError(f"masks of different sizes cannot be compared: {', '.join(sorted(sizes))}")
+    if not codes_a or not codes_b:
+        return np.zeros((len(codes_a), len(codes_b)))
+    return np.array(coco.iou(codes_a, codes_b, [0] * len(codes_b)), dtype=np.float64, order="C")
+
+
+def union(rles: Iterable[Any], height: int, width: int, checked: bool = False) -> RLE:
+    """Union of masks of size (height, width); of none, the empty mask. Raises ValueError as :func:`check_rles`."""
+    codes = list(rles) if checked else check_rles(rles, height, width)
+    if not codes:
+        return empty_rle(height, width)
+    merged = coco.merge(codes, intersect=False)
+    return _rle(merged["size"], merged["counts"])
+
+
+def empty_rle(height: int, width: int) -> RLE:
+    """The mask of size (height, width) without any pixel."""
+    _check_size(height, width)
+    return _rle((height, width), _compress(np.array([height * width]), [height, width]))
+
+
+# ---- polygons and boxes -----------------------------------------------------------------------------------------
+
+
+def polygons_to_rle(polygons: Any, height: int, width: int, what: str = "polygons") -> RLE:
+    """Rasterise the polygons of one instance (their union), as COCO does.
+
+    Args:
+        polygons: list of polygons, each flat [x1, y1, x2, y2, ...] or a list of points, in pixels. What reaches over
+            the image's border is cut off.
+        height, width: size of the image in pixels.
+        what: name of the polygons in error messages.
+
+    Raises:
+        ValueError: for an empty list, fewer than three points, an odd number of coordinates, NaN or infinite ones,
+            and a polygon that lies outside the image or reaches more than an image's size beyond it (its coordinates
+            belong to another size).
+    """
+    _check_size(height, width)
+    if not isinstance(polygons, list | tuple | np.ndarray) or len(polygons) == 0:
+        raise ValueError(f"{what}: expected a list with at least one polygon, got {_short(polygons)}")
+    flat = [_check_polygon(polygon, height, width, f"{what}[{index}]") for index, polygon in enumerate(polygons)]
+    merged = coco.merge(coco.frPyObjects(flat, height, width), intersect=False)
+    return _rle(merged["size"], merged["counts"])
+
+
+def _check_polygon(polygon: Any, height: int, width: int, name: str) -> list[float]:
+    try:
+        points = np.asarray(polygon, dtype=np.float64)
+    except (TypeError, ValueError):
+        raise ValueError(f"{name}: expected a list of numbers, got {_short(polygon)}") from None
+    if points.ndim == 1 and points.size % 2 == 0:
+        points = points.reshape(-1, 2)
+    if points.ndim != 2 or points.shape[1] != 2:
+        raise ValueError(f"{name}: expected [x1, y1, x2, y2, ...] or a list of points, got {_short(polygon)}")
+    if len(points) < 3:
+        raise ValueError(f"{name}: has {len(points)} points, a polygon needs at least 3")
+    if not np.isfinite(points).all():
+        raise ValueError(f"{name}: holds a coordinate that is NaN or infinite")
+    low, high = points.min(axis=0), points.max(axis=0)
+    extent = np.array([width, height], dtype=np.float64)
+    if (high < 0).any() or (low > extent).any():
+        raise ValueError(f"{name}: lies outside the image (width {width}, height {height})")
+    if (low < -extent).any() or (high > 2 * extent).any():
+        raise ValueError(
+            f"{name}: reaches from {low.tolist()} to {high.tolist()}, far beyond the image (width {width}, "
+            f"height {height})"
+        )
+    return points.ravel().tolist()
+
+
+def box_to_rle(box: ArrayLike, height: int, width: int, what: str = "box") -> RLE:
+    """A filled box [x1, y1, x2, y2] (pixels, exclusive ends) as a mask of size (height, width), cut at the border.
+
+    A pixel belongs to the box if its centre does; a box too thin to hold a centre gets the pixels that its own centre line lies in,
+    so that no box inside the image becomes an empty mask.
+
+    Raises:
+        ValueError: for NaN or infinite coordinates, x2 <= x1, y2 <= y1, or a box outside the image.
+    """
+    _check_size(height, width)
+    try:
+        edges = np.asarray(box, dtype=np.float64)
+    except (TypeError, ValueError):
+        edges = np.empty(0)
+    if edges.shape != (4,):
+        raise ValueError(f"{what}: expected four numbers [x1, y1, x2, y2], got {_short(box)}")
+    if not np.isfinite(edges).all():
+        raise ValueError(f"{what}: holds a coordinate that is NaN or infinite")
+    if edges[2] <= edges[0] or edges[3] <= edges[1]:
+        raise ValueError(f"{what}: has no extent, [x1, y1, x2, y2] = {edges.tolist()}")
+    if edges[0] >= width or edges[1] >= height or edges[2] <= 0 or edges[3] <= 0:
+        raise ValueError(f"{what}: {edges.tolist()} lies outside the image (width {width}, height {height})")
+    left, right = _covered(edges[0], edges[2], width)
+    top, bottom = _covered(edges[1], edges[3], height)
+    # Column by column: background above the box, the box's pixels, background down to the next column's.
+    inside = np.tile([bottom - top, height - (bottom - top)], right - left)
+    inside[-1] = height * width - (left * height + top) - inside[:-1].sum()
+    counts = np.concatenate([[left * height + top], inside])
+    return _rle((height, width), _compress(_without_empty_runs(counts), [height, width]))
+
+
+def box_to_mask(box: ArrayLike, height: int, width: int) -> NDArray[np.bool_]:
+    """A filled box as a boolean mask (H, W); see :func:`box_to_rle`."""
+    return decode(box_to_rle(box, height, width))
+
+
+def _covered(low: float, high: float, length: int) -> tuple[int, int]:
+    """First and one past the last pixel of 0...length whose centre lies in [low, high); at least one."""
+    low, high = max(low, 0.0), min(high, float(length))
+    first, stop = int(np.ceil(low - 0.5)), int(np.ceil(high - 0.5))
+    if stop <= first:
+        first = min(int((low + high) / 2), length - 1)
+        stop = first + 1
+    return first, stop
+
+
+def segmentation_to_rle(segmentation: Any, height: int, width: int, what: str = "segmentation") -> RLE:
+    """A COCO ``segmentation`` of one instance (RLE of either kind, or a list of polygons) as a checked RLE.
+
+    Raises:
+        ValueError: naming ``what`` and the reason; see :func:`check_rle` and :func:`polygons_to_rle`.
+    """
+    if isinstance(segmentation, Mapping):
+        return check_rle(segmentation, height, width, what)
+    return polygons_to_rle(segmentation, height, width, what)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,201 @@
+"""What a user holds: images and instructions in, predictions out.
+
+    predictor = Predictor.from_pretrained("outputs/quickstart/checkpoint")
+    prediction = predictor.segment("image.png", "the red circles")[0]
+
+Shape suffixes: P phrases, N queries, C channels, H W pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from instructsam.models.checkpoints import load_model
+from instructsam.models.decoding import decode
+from instructsam.models.detector import ImageFeatures
+from instructsam.models.modeling import BridgeOutput, InstructSAM
+from instructsam.processing.processor import InstructSAMProcessor
+from instructsam.structures import Prediction
+
+
+@dataclass
+class Understanding:
+    """What the language model made of a batch, before the detector ran.
+
+    Attributes:
+        features: image features of the detector.
+        bridge: projected queries and phrase features, phrases of the batch on one axis P.
+        answers: the text of each answer; phrases: its phrases; sizes: (height, width) of each image.
+    """
+
+    features: ImageFeatures
+    bridge: BridgeOutput
+    answers: list[str]
+    phrases: list[list[str]]
+    sizes: list[tuple[int, int]]
+
+
+class Predictor:
+    """InstructSAM with its processor, ready to segment. Works on CPU and GPU, in the model's own precision."""
+
+    def __init__(self, model: InstructSAM, processor: InstructSAMProcessor):
+        self.model = model.eval()
+        self.processor = processor
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, device: str | torch.device = "cpu") -> Predictor:
+        """Load a checkpoint folder. Raises ValueError where it is none, or one of another architecture."""
+        return cls(load_model(path).to(device), InstructSAMProcessor.from_pretrained(path))
+
+    def segment(
+        self,
+        images: Any,
+        instructions: str | Sequence[str] | None = None,
+        phrases: Sequence[Sequence[str]] | Sequence[str] | None = None,
+        threshold: float = 0.3,
+        max_new_tokens: int = 128,
+        max_phrases: int = 10,
+        batch_size: int = 8,
+    ) -> list[Prediction]:
+        """Segment every instance that each instruction asks for.
+
+        Args:
+            images: a path or PIL image, or a list of them.
+            instructions: one per image (one image with several instructions: repeat it). May be left out with `phrases`.
+            phrases: per image the phrases of the answer; then nothing is generated and all runs in one forward pass.
+            threshold: instances with score > threshold are kept.
+            max_new_tokens, max_phrases: limits on the written answer.
+            batch_size: images run through the model at once.
+
+        Returns:
+            One `Prediction` per instruction, in order.
+
+        Raises:
+            ValueError: no image, an empty instruction, lists of different lengths (each says which one).
+        """
+        images, instructions, phrase_lists = self._check(images, instructions, phrases, max_phrases)
+        if not 0 <= threshold <= 1:
+            raise ValueError(f"threshold={threshold} is not between 0 and 1")
+        if batch_size < 1:
+            raise ValueError(f"batch_size={batch_size}: must be at least 1")
+        predictions: list[Prediction] = []
+        for start in range(0, len(images), batch_size):
+            stop = start + batch_size
+            understanding = self.understand(
+                images[start:stop], instructions[start:stop], phrase_lists[start:stop], max_new_tokens, max_phrases
+            )
+            predictions.extend(self.detect(understanding, threshold=threshold))
+        return predictions
+
+    @torch.no_grad()
+    def understand(
+        self,
+        images: Sequence[Any],
+        instructions: Sequence[str],
+        phrases: Sequence[Sequence[str] | None],
+        max_new_tokens: int = 128,
+        max_phrases: int = 10,
+    ) -> Understanding:
+        """Run everything up to the bridge on one batch; `phrases` all None = write the answers."""
+        items = []
+        for image, instruction, answer in zip(images, instructions, phrases, strict=True):
+            item = self.processor.encode_image(image)
+            chat = self.processor.encode_chat(item["image_grid_thw"], [(instruction, answer)])
+            items.append({**item, "input_ids": chat.input_ids})
+        batch = {
+            key: value.to(self.model.device) if isinstance(value, Tensor) else value
+            for key, value in self.processor.collate(items).items()
+        }
+        vision = {"pixel_values": batch["pixel_values"], "image_grid_thw": batch["image_grid_thw"]}
+        input_ids, attention_mask = batch["input_ids"], batch["attention_mask"]
+        if all(answer is None for answer in phrases):
+            decoded = decode(
+                self.model, input_ids, attention_mask, **vision, max_new_tokens=max_new_tokens, max_phrases=max_phrases
+            )
+            input_ids, language = decoded.input_ids, decoded.language
+            answers_ids = [
+                ids[start:length].tolist()
+                for ids, start, length in zip(
+                    input_ids, decoded.answer_start.tolist(), decoded.attention_mask.sum(-1).tolist(), strict=True
+                )
+            ]
+            found = [self.processor.chat.phrases_of(ids) for ids in answers_ids]
+        else:
+            language = self.model.run_language_model(input_ids, attention_mask, **vision)
+            found = [list(answer or ()) for answer in phrases]
+            answers_ids = [self.processor.chat.answer(answer) for answer in found]
+        return Understanding(
+            features=self.model.detector.encode_image(batch["detector_pixel_values"]),
+            bridge=self.model.bridge(input_ids, language),
+            answers=[self.processor.chat.answer_text(ids) for ids in answers_ids],
+            phrases=found,
+            sizes=[item["size"] for item in items],
+        )
+
+    @torch.no_grad()
+    def detect(
+        self, understanding: Understanding, threshold: float = 0.3, queries_PNC: Tensor | None = None
+    ) -> list[Prediction]:
+        """Detector and post-processing; `queries_PNC` stands in for the projected queries (query reliance)."""
+        bridge = understanding.bridge
+        if queries_PNC is not None:
+            bridge = BridgeOutput(
+                queries_PNC, bridge.phrase_features_PTC, bridge.phrase_mask_PT, bridge.phrase_image_P
+            )
+        output = self.model.detect(understanding.features, bridge) if len(bridge.phrase_image_P) else None
+        predictions, start = [], 0
+        for answer, phrases, (height, width) in zip(
+            understanding.answers, understanding.phrases, understanding.sizes, strict=True
+        ):
+            stop = start + len(phrases)
+            instances = []
+            if output is not None and phrases:
+                scores = output.pred_logits[start:stop].float().sigmoid()
+                if output.presence_logits is not None:
+                    scores = scores * output.presence_logits[start:stop].float().sigmoid()
+                instances = self.processor.instances(
+                    output.pred_masks[start:stop], scores, output.pred_boxes[start:stop], phrases, (height, width), threshold
+                )
+            predictions.append(Prediction(answer, tuple(phrases), tuple(instances), height, width))
+            start = stop
+        return predictions
+
+    @staticmethod
+    def _check(
+        images: Any, instructions: Any, phrases: Any, max_phrases: int
+    ) -> tuple[list[Any], list[str], list[list[str] | None]]:
+        images = list(images) if isinstance(images, (list, tuple)) else [images]
+        if not images:
+            raise ValueError("no image given")
+        if instructions is None and phrases is None:
+            raise ValueError("give instructions, phrases, or both")
+        phrase_lists: list[list[str] | None] = [None] * len(images)
+        if phrases is not None:
+            phrases = list(phrases)
+            if all(isinstance(phrase, str) for phrase in phrases):
+                phrases = [phrases] if len(images) == 1 else [[phrase] for phrase in phrases]
+            phrase_lists = [list(group) for group in phrases]
+            for index, group in enumerate(phrase_lists):
+                if not group or any(not isinstance(p, str) or not p.strip() for p in group):
+                    raise ValueError(f"phrases of image {index} are empty: {group!r}")
+                if len(group) > max_phrases:
+                    raise ValueError(f"image {index} has {len(group)} phrases, more than max_phrases={max_phrases}")
+        if instructions is None:
+            instructions = [" and ".join(group) for group in phrase_lists if group]
+        instructions = [instructions] if isinstance(instructions, str) else list(instructions)
+        if len(images) == 1 and len(instructions) > 1:
+            images = images * len(instructions)
+            phrase_lists = phrase_lists * len(instructions) if len(phrase_lists) == 1 else phrase_lists
+        for name, values in (("instructions", instructions), ("phrases", phrase_lists)):
+            if len(values) != len(images):
+                raise ValueError(f"{len(values)} {name} for {len(images)} images")
+        for index, instruction in enumerate(instructions):
+            if not isinstance(instruction, str) or not instruction.strip():
+                raise ValueError(f"instruction {index} is empty")
+        return images, instructions, phrase_lists

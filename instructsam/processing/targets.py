@@ -1,0 +1,56 @@
+"""Training targets: instance masks at mask resolution and boxes, padded over the phrases of a batch.
+
+Shape suffixes: P phrases, G ground truths, H W mask resolution.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from pycocotools import mask as coco_mask
+from torch import Tensor
+
+from instructsam.structures import PhraseTarget
+
+
+def resize_nearest(masks_HWG: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Nearest resize of (H, W, G) to (h, w, G), as `F.interpolate(mode="nearest")` takes its pixels."""
+    height, width = masks_HWG.shape[:2]
+    rows = (np.arange(size[0], dtype=np.float32) * np.float32(height / size[0])).astype(np.int64)
+    columns = (np.arange(size[1], dtype=np.float32) * np.float32(width / size[1])).astype(np.int64)
+    return masks_HWG[rows.clip(max=height - 1)][:, columns.clip(max=width - 1)]
+
+
+def phrase_targets(target: PhraseTarget, mask_size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Masks (G, h, w) bool and boxes (G, 4) float32, cxcywh in 0…1 of the image, of one phrase."""
+    if not target.rles:
+        return torch.zeros(0, *mask_size, dtype=torch.bool), torch.zeros(0, 4)
+    masks_HWG = coco_mask.decode(list(target.rles))
+    height, width = masks_HWG.shape[:2]
+    boxes = coco_mask.toBbox(list(target.rles)) / np.array([width, height, width, height])
+    boxes[:, :2] += boxes[:, 2:] / 2
+    masks = torch.from_numpy(resize_nearest(masks_HWG, mask_size)).permute(2, 0, 1).bool()
+    return masks, torch.from_numpy(boxes).float()
+
+
+def collate_targets(
+    targets: Sequence[tuple[Tensor, Tensor]], box_only: Sequence[bool], mask_size: tuple[int, int]
+) -> dict[str, Tensor]:
+    """Pad phrases to the largest G of the batch: target_masks, target_boxes, target_valid, target_box_only."""
+    num_phrases = len(targets)
+    most = max((len(masks) for masks, _ in targets), default=0)
+    masks_PGHW = torch.zeros(num_phrases, most, *mask_size, dtype=torch.bool)
+    boxes_PG4 = torch.zeros(num_phrases, most, 4)
+    valid_PG = torch.zeros(num_phrases, most, dtype=torch.bool)
+    for p, (masks, boxes) in enumerate(targets):
+        masks_PGHW[p, : len(masks)] = masks
+        boxes_PG4[p, : len(boxes)] = boxes
+        valid_PG[p, : len(masks)] = True
+    return {
+        "target_masks": masks_PGHW,
+        "target_boxes": boxes_PG4,
+        "target_valid": valid_PG,
+        "target_box_only": torch.tensor(list(box_only), dtype=torch.bool),
+    }

@@ -1,0 +1,228 @@
+"""From configuration to optimizer: which parameters train, in which group, with which learning rate over time.
+
+Groups are named lists of regular expressions over parameter names (`re.search`). The rules are strict on purpose: a typo in a
+pattern would otherwise train a whole tower with the wrong learning rate without a word.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+DEFAULT_GROUP = "default"
+NO_DECAY_SUFFIX = "/no_decay"
+SCHEDULES = ("cosine", "constant")
+
+
+@dataclass
+class OptimConfig:
+    """What the optimizer is made of.
+
+    lr, weight_decay: of the default group, which takes every trainable parameter that no group claims.
+    groups: name -> {"match": [regex, ...], "lr": float, "weight_decay": float (optional, else that of the default group)}.
+    freeze: patterns of parameters that do not train; freezing wins over groups.
+    decay_all: apply weight decay also to biases, norms (1-d parameters) and embeddings.
+    schedule: "cosine" (to min_ratio of each group's lr at max_steps) or "constant", after a linear warm-up of `warmup_steps`, or of
+    `warmup_ratio` of all steps (at most one of the two).
+    """
+
+    lr: float = 1e-5
+    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    groups: dict[str, dict[str, Any]] = field(default_factory=dict)
+    freeze: list[str] = field(default_factory=list)
+    decay_all: bool = False
+    schedule: str = "cosine"
+    warmup_steps: int = 0
+    warmup_ratio: float = 0.0
+    min_ratio: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.betas = (float(self.betas[0]), float(self.betas[1]))
+        self.freeze = list(self.freeze)
+        self.groups = {name: dict(spec) for name, spec in self.groups.items()}
+        _check_rate("lr", self.lr)
+        _check_rate("weight_decay", self.weight_decay)
+        if not all(0.0 <= beta < 1.0 for beta in self.betas):
+            raise ValueError(f"betas must lie in [0, 1), got {self.betas}")
+        if self.eps <= 0:
+            raise ValueError(f"eps must be positive, got {self.eps}")
+        if self.schedule not in SCHEDULES:
+            raise ValueError(f"schedule must be one of {SCHEDULES}, got {self.schedule!r}")
+        if self.warmup_steps < 0 or not 0.0 <= self.warmup_ratio < 1.0 or not 0.0 <= self.min_ratio <= 1.0:
+            raise ValueError(
+                "warmup_steps must be >= 0, warmup_ratio in [0, 1) and min_ratio in [0, 1], got "
+                f"{self.warmup_steps}, {self.warmup_ratio}, {self.min_ratio}"
+            )
+        if self.warmup_steps and self.warmup_ratio:
+            raise ValueError("give warmup_steps or warmup_ratio, not both")
+        for name, spec in self.groups.items():
+            self._check_group(name, spec)
+        for pattern in self.freeze:
+            _compile(pattern, "freeze")
+
+    def _check_group(self, name: str, spec: Mapping[str, Any]) -> None:
+        if name == DEFAULT_GROUP or "/" in name:
+            raise ValueError(f"group name {name!r} is not allowed: {DEFAULT_GROUP!r} is taken and '/' is reserved")
+        unknown = sorted(set(spec) - {"match", "lr", "weight_decay"})
+        if unknown:
+            raise ValueError(f"group {name!r} has unknown keys {unknown}; known are match, lr, weight_decay")
+        patterns = spec.get("match")
+        if isinstance(patterns, str) or not isinstance(patterns, Sequence) or not patterns:
+            raise ValueError(f"group {name!r} needs 'match', a list of regular expressions, got {patterns!r}")
+        for pattern in patterns:
+            _compile(pattern, f"group {name!r}")
+        if "lr" not in spec:
+            raise ValueError(f"group {name!r} needs 'lr'")
+        _check_rate(f"lr of group {name!r}", spec["lr"])
+        if spec.get("weight_decay") is not None:
+            _check_rate(f"weight_decay of group {name!r}", spec["weight_decay"])
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> OptimConfig:
+        """From a plain mapping; ValueError for a key that does not exist."""
+        unknown = sorted(set(values) - {f.name for f in fields(cls)})
+        if unknown:
+            raise ValueError(f"unknown optimizer settings {unknown}")
+        return cls(**values)
+
+
+def freeze_parameters(module: nn.Module, patterns: Sequence[str]) -> int:
+    """Set requires_grad to False on every parameter whose name a pattern finds; returns how many elements that are.
+
+    Raises ValueError naming a pattern that finds no parameter.
+    """
+    frozen: dict[int, int] = {}
+    names = _names_of(module)
+    for pattern in patterns:
+        regex = _compile(pattern, "freeze")
+        found = [parameter for name, parameter in names if regex.search(name)]
+        if not found:
+            raise ValueError(f"freeze pattern {pattern!r} matches no parameter")
+        for parameter in found:
+            parameter.requires_grad_(False)
+            frozen[id(parameter)] = parameter.numel()
+    return sum(frozen.values())
+
+
+def group_parameters(module: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:
+    """Parameter groups for a torch optimizer, each with a `name`; every trainable parameter is in exactly one of them.
+
+    A group whose weight decay is not zero is split in two: NAME and NAME/no_decay (1-d parameters and embeddings). Groups left without
+    trainable parameters are omitted. A parameter with several names (tied) counts once.
+
+    Raises ValueError for a pattern that matches no parameter (frozen ones count), a parameter that two groups match, or nothing to train.
+    """
+    owners: dict[int, set[str]] = {}
+    names = _names_of(module)
+    for group, spec in config.groups.items():
+        for pattern in spec["match"]:
+            regex = _compile(pattern, f"group {group!r}")
+            found = [parameter for name, parameter in names if regex.search(name)]
+            if not found:
+                raise ValueError(f"pattern {pattern!r} of group {group!r} matches no parameter")
+            for parameter in found:
+                owners.setdefault(id(parameter), set()).add(group)
+
+    embeddings = {
+        id(p) for m in module.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag) for p in m.parameters(False)
+    }
+    members: dict[str, list[nn.Parameter]] = {}
+    for name, parameter in module.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        claimed = owners.get(id(parameter), {DEFAULT_GROUP})
+        if len(claimed) > 1:
+            raise ValueError(f"parameter {name!r} is matched by several groups: {', '.join(sorted(claimed))}")
+        (group,) = claimed
+        spares = not config.decay_all and (parameter.ndim < 2 or id(parameter) in embeddings)
+        if spares and _settings(config, group)["weight_decay"] > 0:
+            group += NO_DECAY_SUFFIX
+        members.setdefault(group, []).append(parameter)
+    if not members:
+        raise ValueError("no parameter is trainable: everything is frozen")
+
+    order = [base + suffix for base in [*config.groups, DEFAULT_GROUP] for suffix in ("", NO_DECAY_SUFFIX)]
+    groups = []
+    for group in order:
+        if group in members:
+            settings = _settings(config, group.removesuffix(NO_DECAY_SUFFIX))
+            if group.endswith(NO_DECAY_SUFFIX):
+                settings["weight_decay"] = 0.0
+            groups.append({"name": group, "params": members[group], **settings})
+    return groups
+
+
+def build_optimizer(module: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
+    """Freeze, group, and make the AdamW; raises what `freeze_parameters` and `group_parameters` raise."""
+    freeze_parameters(module, config.freeze)
+    return torch.optim.AdamW(group_parameters(module, config), lr=config.lr, betas=config.betas, eps=config.eps)
+
+
+def learning_rate_factor(step: int, config: OptimConfig, max_steps: int) -> float:
+    """What the learning rates are multiplied with in optimizer step `step` (from 0) of `max_steps`.
+
+    Warm-up rises from 1/warmup in the first step to 1 in step warmup - 1 (no step is lost to a zero rate); the cosine reaches min_ratio
+    after the last step.
+    """
+    warmup = warmup_steps(config, max_steps)
+    if step < warmup:
+        return (step + 1) / warmup
+    if config.schedule == "constant":
+        return 1.0
+    progress = min(1.0, (step - warmup) / max(1, max_steps - warmup))
+    return config.min_ratio + (1.0 - config.min_ratio) * 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+def warmup_steps(config: OptimConfig, max_steps: int) -> int:
+    """Length of the warm-up in optimizer steps; ValueError when longer than the training."""
+    steps = config.warmup_steps or math.ceil(config.warmup_ratio * max_steps)
+    if steps > max_steps:
+        raise ValueError(f"warmup_steps {steps} is longer than the training of {max_steps} steps")
+    return steps
+
+
+def build_schedule(optimizer: Optimizer, config: OptimConfig, max_steps: int) -> LambdaLR:
+    """Schedule to be stepped once per optimizer step, on every process alike (do not let accelerate prepare it)."""
+    warmup_steps(config, max_steps)
+    return LambdaLR(optimizer, lambda step: learning_rate_factor(step, config, max_steps))
+
+
+def learning_rates(optimizer: Optimizer) -> dict[str, float]:
+    """Current learning rate of each group, the two halves of a split group as one."""
+    return {group["name"].removesuffix(NO_DECAY_SUFFIX): group["lr"] for group in optimizer.param_groups}
+
+
+def _settings(config: OptimConfig, group: str) -> dict[str, float]:
+    spec = config.groups.get(group, {})
+    decay = spec.get("weight_decay")
+    return {
+        "lr": float(spec.get("lr", config.lr)),
+        "weight_decay": float(config.weight_decay if decay is None else decay),
+    }
+
+
+def _names_of(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """Every name of every parameter: a tied parameter is listed under each of its names."""
+    return list(module.named_parameters(remove_duplicate=False))
+
+
+def _compile(pattern: str, where: str) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"{where}: {pattern!r} is not a regular expression ({error})") from None
+
+
+def _check_rate(name: str, value: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
+        raise ValueError(f"{name} must be a finite number >= 0, got {value!r}")

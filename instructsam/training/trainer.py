@@ -1,0 +1,416 @@
+"""The training loop: optimizer steps over any objective, on one or many processes, exact under accumulation, ranks and resumption.
+
+The trainer knows no model. It works against two things:
+
+    class Objective(nn.Module):
+        def count_units(self, batch) -> dict[str, float]            # what this micro batch is averaged over; always the same keys
+        def forward(self, batch, counts) -> dict[str, Tensor]       # weighted loss terms, each a sum over units / counts[...]
+
+    dataset[(epoch, index)]  and  collate(list of items) -> dict of tensors, with "sample_ids", a list of str
+
+The counts given to `forward` are summed over the micro batches and ranks of the optimizer step before its first forward, so the gradient does
+not depend on how the global batch is split (DESIGN section 6). All randomness of a step is seeded by (seed, step, rank): a resumed run goes
+on exactly where it was, with any number of data workers.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import random
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import (
+    DistributedType,
+    GradientAccumulationPlugin,
+    ProjectConfiguration,
+    broadcast_object_list,
+    gather_object,
+    send_to_device,
+)
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from instructsam.data.samplers import StepSampler
+from instructsam.training.checkpointing import Checkpointer
+from instructsam.training.optim import OptimConfig, build_optimizer, build_schedule, learning_rates
+from instructsam.training.tracking import Tracking, start_dashboards, tracker_names
+
+Batch = dict[str, Any]
+PRECISIONS = ("no", "bf16", "fp16")
+RESUMES = ("auto", "never")
+
+
+@dataclass
+class TrainerConfig:
+    """How long, how fast and where to train. ValueError on nonsense.
+
+    per_device_batch_size x processes x accumulation samples make one optimizer step. clip_norm 0 switches clipping off;
+    checkpoint_every 0 saves only at the end; eval_every 0 never evaluates; keep_checkpoints 0 keeps all. log_every governs console,
+    progress.jsonl and dashboards, while losses.jsonl has every step. resume "auto" goes on from the newest sound checkpoint in output_dir,
+    "never" refuses a directory that holds one.
+    """
+
+    output_dir: str
+    max_steps: int
+    per_device_batch_size: int = 1
+    accumulation: int = 1
+    clip_norm: float = 1.0
+    precision: str = "no"
+    seed: int = 0
+    num_workers: int = 0
+    checkpoint_every: int = 500
+    keep_checkpoints: int = 2
+    eval_every: int = 0
+    log_every: int = 10
+    resume: str = "auto"
+    progress_bar: bool = True
+    tensorboard: bool = False
+    wandb: bool = False
+    project: str = "instructsam"
+
+    def __post_init__(self) -> None:
+        if not str(self.output_dir).strip():
+            raise ValueError("output_dir must not be empty")
+        self.output_dir = str(self.output_dir)
+        least = {"max_steps": 1, "per_device_batch_size": 1, "accumulation": 1, "log_every": 1, "seed": 0}
+        least |= dict.fromkeys(["num_workers", "checkpoint_every", "keep_checkpoints", "eval_every"], 0)
+        for name, minimum in least.items():
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+                raise ValueError(f"{name} must be a whole number >= {minimum}, got {value!r}")
+        if not isinstance(self.clip_norm, int | float) or not math.isfinite(self.clip_norm) or self.clip_norm < 0:
+            raise ValueError(f"clip_norm must be a finite number >= 0 (0: no clipping), got {self.clip_norm!r}")
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"precision must be one of {PRECISIONS}, got {self.precision!r}")
+        if self.resume not in RESUMES:
+            raise ValueError(f"resume must be one of {RESUMES}, got {self.resume!r}")
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> TrainerConfig:
+        """From a plain mapping; ValueError for a key that does not exist."""
+        unknown = sorted(set(values) - {f.name for f in fields(cls)})
+        if unknown:
+            raise ValueError(f"unknown trainer settings {unknown}")
+        return cls(**values)
+
+
+class Trainer:
+    """Trains `objective` on `dataset`; `run()` does everything, and may be called again in a new process to go on.
+
+    evaluate: called with the step on all ranks, without gradient, after every `eval_every` steps and at the end; returns metrics.
+    fingerprint: nested, JSON-able settings (of model and data) that must not change when a run resumes; the trainer adds its own.
+    """
+
+    def __init__(
+        self,
+        config: TrainerConfig,
+        objective: nn.Module,
+        dataset: Dataset,
+        collate: Callable[[list[Any]], Batch],
+        optim_config: OptimConfig,
+        evaluate: Callable[[int], Mapping[str, Any]] | None = None,
+        fingerprint: Mapping[str, Any] | None = None,
+    ) -> None:
+        if config.eval_every and evaluate is None:
+            raise ValueError("eval_every is set but there is nothing to evaluate with: give evaluate, or set it to 0")
+        self.config = config
+        self.objective = objective
+        self.dataset = dataset
+        self.collate = collate
+        self.optim_config = optim_config
+        self.evaluate = evaluate
+        self.fingerprint = dict(fingerprint or {})
+        self.finished_steps = 0
+        self.last_record: dict[str, Any] = {}
+        self.last_metrics: dict[str, Any] = {}
+        self._term_names: list[str] | None = None
+
+    # ------------------------------------------------------------------ the run as a whole
+
+    def run(self) -> dict[str, Any]:
+        """Set up, resume, train, save. Returns {"status", "step", "record", "metrics", "checkpoint", "output_dir"} where status is
+        "complete", "already_complete" or "interrupted" (SIGINT or SIGTERM; a checkpoint is saved).
+
+        Raises RuntimeError for a non-finite loss or gradient, ValueError for settings that cannot work.
+        """
+        self.setup()
+        try:
+            self.resume()
+            if self.finished_steps >= self.config.max_steps:
+                self.evaluate_if_due()
+                self.tracking.say(
+                    f"{self.config.output_dir} is complete ({self.finished_steps} steps): nothing to train"
+                )
+                return self._summary("already_complete")
+            start_dashboards(
+                self.accelerator, self.config.output_dir, self.config.project, self.finished_steps, self.fingerprint
+            )
+            with StopSignals() as stop:
+                return self._summary(self.train(stop))
+        finally:
+            self.tracking.close()
+
+    def setup(self) -> None:
+        """Make accelerator, optimizer, schedule, data stream and records; wrap the objective for the processes there are."""
+        config = self.config
+        self.accelerator = start_accelerator(config)
+        optimizer = build_optimizer(self.objective, self.optim_config)
+        # The schedule stays outside of `prepare`, which would step it once per process.
+        self.scheduler = build_schedule(optimizer, self.optim_config, config.max_steps)
+        self.model, self.optimizer = self.accelerator.prepare(self.objective, optimizer)
+        self.sampler = StepSampler(
+            len(cast(Any, self.dataset)),
+            config.per_device_batch_size,
+            self.accelerator.num_processes,
+            self.accelerator.process_index,
+            config.accumulation,
+            config.seed,
+        )
+        self.fingerprint |= {
+            "optim": asdict(self.optim_config),
+            "trainer": {
+                "max_steps": config.max_steps,
+                "global_batch_size": self.sampler.global_batch_size,
+                "dataset_length": self.sampler.dataset_length,
+                "clip_norm": config.clip_norm,
+                "precision": config.precision,
+                "seed": config.seed,
+            },
+        }
+        self.checkpointer = Checkpointer(
+            config.output_dir,
+            self.accelerator,
+            self.objective,
+            self.optimizer,
+            self.scheduler,
+            self.fingerprint,
+            config.keep_checkpoints,
+        )
+        self.tracking = Tracking(
+            config.output_dir, self.accelerator, config.max_steps, config.log_every, config.progress_bar
+        )
+
+    def resume(self) -> None:
+        """Go on from the newest sound checkpoint, if there is one; cut the records back to it."""
+        self.checkpointer.clean()
+        checkpoint = self.checkpointer.find_latest()
+        if checkpoint is not None:
+            if self.config.resume == "never":
+                raise ValueError(
+                    f"resume is 'never' but {checkpoint} exists: choose another output_dir, or remove the old run"
+                )
+            self.finished_steps = self.checkpointer.load(checkpoint)
+            self.tracking.say(f"resuming from {checkpoint}")
+        self.tracking.start(self.finished_steps)
+
+    def train(self, stop: StopSignals) -> str:
+        """Steps until max_steps or a signal; returns the status."""
+        config = self.config
+        # A kill between a checkpoint and the evaluation of the same step leaves the latter to be made up for.
+        self.evaluate_if_due()
+        batches = self.open_data()
+        self.model.train()
+        while self.finished_steps < config.max_steps:
+            must_stop = self.step([next(batches) for _ in range(config.accumulation)], stop.received is not None)
+            done = self.finished_steps == config.max_steps
+            if done or must_stop or (config.checkpoint_every and self.finished_steps % config.checkpoint_every == 0):
+                self.save()
+            if must_stop and not done:
+                self.tracking.say(
+                    f"stopped by {stop.received or 'a signal to another process'} after step {self.finished_steps}; checkpoint saved in "
+                    f"{self.checkpointer.path_of(self.finished_steps)}. Run the same command again to resume."
+                )
+                return "interrupted"
+            self.evaluate_if_due()
+        self.tracking.say(f"finished {config.max_steps} steps; everything is in {config.output_dir}")
+        return "complete"
+
+    # ------------------------------------------------------------------ one optimizer step
+
+    def step(self, batches: list[Batch], stop_wanted: bool = False) -> bool:
+        """One optimizer step on `accumulation` micro batches of this rank; returns whether any rank wants to stop after it."""
+        self.seed_step()
+        batches = [send_to_device(batch, self.accelerator.device, non_blocking=True) for batch in batches]
+        counts = self.count(batches)
+        terms, losses = self.forward_backward(batches, counts)
+        max_norm = self.config.clip_norm or math.inf
+        grad_norm = self.accelerator.clip_grad_norm_(self.model.parameters(), max_norm)
+        # One reduction and one wait for the device a step: terms, a flag for trouble, a flag for stopping.
+        bad = ~torch.isfinite(losses)
+        flags = torch.stack([bad.any().float(), torch.as_tensor(float(stop_wanted), device=losses.device)])
+        total = cast(Tensor, self.accelerator.reduce(torch.cat([terms, flags.to(terms.dtype)]), reduction="sum"))
+        *values, any_bad, stop, norm = torch.cat([total, torch.as_tensor(grad_norm).reshape(1).to(total)]).tolist()
+        if any_bad:
+            self._fail("loss", [batch for batch, is_bad in zip(batches, bad.tolist(), strict=True) if is_bad])
+        if not math.isfinite(norm) and self.config.precision != "fp16":  # fp16's scaler skips such a step by itself
+            self._fail("gradient norm", batches)
+        rates = learning_rates(self.optimizer)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.scheduler.step()
+        self.finished_steps += 1
+        self.log(dict(zip(self._term_names or [], values, strict=True)), rates, norm)
+        return bool(stop)
+
+    def seed_step(self) -> None:
+        """Seed everything random in the model by (seed, step, rank), so that resumption needs no stored random state."""
+        words = np.random.SeedSequence(
+            [self.config.seed, self.finished_steps, self.accelerator.process_index]
+        ).generate_state(3)
+        torch.manual_seed(int(words[0]))  # seeds the devices too
+        np.random.seed(int(words[1]))
+        random.seed(int(words[2]))
+
+    def count(self, batches: list[Batch]) -> dict[str, Tensor]:
+        """Units of the whole optimizer step, over all micro batches and ranks: float32 scalars on the device."""
+        local = [self.objective.count_units(batch) for batch in batches]  # type: ignore[operator]
+        names = sorted(local[0])
+        if any(sorted(units) != names for units in local):
+            raise ValueError(f"count_units must always give the same keys, got {[sorted(units) for units in local]}")
+        sums = torch.tensor([float(sum(units[name] for units in local)) for name in names], dtype=torch.float64)
+        reduced = cast(Tensor, self.accelerator.reduce(sums.to(self.accelerator.device), reduction="sum"))
+        return dict(zip(names, reduced.float(), strict=True))
+
+    def forward_backward(self, batches: list[Batch], counts: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Accumulate the gradients of the micro batches. Returns this rank's (sum of each term (T,), total of each micro batch (M,))."""
+        sums: list[Tensor] = []
+        totals: list[Tensor] = []
+        for number, batch in enumerate(batches, start=1):
+            # Gradients travel between the ranks once a step, with the last micro batch.
+            with nullcontext() if number == len(batches) else self.accelerator.no_sync(self.model):
+                terms = self.model(batch, counts)
+                names = sorted(terms)
+                self._term_names = self._term_names or names
+                if names != self._term_names:
+                    raise ValueError(
+                        f"the objective gave the terms {names} after {self._term_names}: they must not change"
+                    )
+                loss = torch.stack([terms[name] for name in names]).sum()
+                # Terms are divided by global counts already; DDP divides by the number of ranks once more.
+                self.accelerator.backward(loss * self.accelerator.num_processes)
+            sums.append(torch.stack([terms[name].detach() for name in names]).double())
+            totals.append(loss.detach())
+        return torch.stack(sums).sum(0), torch.stack(totals)
+
+    def log(self, terms: dict[str, float], rates: dict[str, float], grad_norm: float) -> None:
+        """Record the step just finished: terms over the global batch, the learning rates it used, the norm before clipping."""
+        self.last_record = {
+            "step": self.finished_steps,
+            "loss": math.fsum(terms.values()),
+            "terms": terms,
+            "lr": rates,
+            "grad_norm": grad_norm,
+        }
+        samples = self.sampler.global_batch_size
+        self.tracking.record_step(self.last_record, samples, self.sampler.epoch_of(self.finished_steps))
+
+    # ------------------------------------------------------------------ around the steps
+
+    def open_data(self) -> Iterator[Batch]:
+        """Endless micro batches of this rank from the first unfinished step on."""
+        self.sampler.start_step = self.finished_steps
+        loader = DataLoader(
+            self.dataset,
+            batch_sampler=self.sampler,
+            collate_fn=self.collate,
+            num_workers=self.config.num_workers,
+            pin_memory=self.accelerator.device.type == "cuda",
+            worker_init_fn=ignore_signals,
+            # Without a generator of its own the loader would draw from the global one.
+            generator=torch.Generator().manual_seed(self.config.seed),
+        )
+        return iter(loader)
+
+    def evaluate_if_due(self) -> None:
+        """Evaluate after the finished steps, when it is time and has not been done."""
+        step, config = self.finished_steps, self.config
+        if not config.eval_every or not step or (step % config.eval_every and step != config.max_steps):
+            return
+        done = [any(r["step"] == step for r in self.tracking.evaluations.read()) if self.tracking.is_main else False]
+        if self.accelerator.num_processes > 1:
+            broadcast_object_list(done)
+        if done[0] or self.evaluate is None:
+            return
+        with torch.no_grad():
+            self.last_metrics = dict(self.evaluate(step))
+        self.tracking.record_evaluation(step, self.last_metrics)
+        self.model.train()
+
+    def save(self) -> Path:
+        """Checkpoint after the finished steps, with the records it relies on safely on disk."""
+        self.tracking.sync()
+        return self.checkpointer.save(self.finished_steps)
+
+    def _summary(self, status: str) -> dict[str, Any]:
+        return {
+            "status": status,
+            "step": self.finished_steps,
+            "record": self.last_record or next(reversed(self.tracking.losses.read()), {}),
+            "metrics": self.last_metrics or next(reversed(self.tracking.evaluations.read()), {}).get("metrics", {}),
+            "checkpoint": str(self.checkpointer.path_of(self.finished_steps)),
+            "output_dir": self.config.output_dir,
+        }
+
+    def _fail(self, what: str, batches: list[Batch]) -> None:
+        """RuntimeError with the samples of all ranks' `batches`; called on every rank, before the optimizer has moved."""
+        ids = gather_object([str(name) for batch in batches for name in batch.get("sample_ids", ["(no sample_ids)"])])
+        raise RuntimeError(f"{what} is not finite in step {self.finished_steps + 1}; samples: {', '.join(ids)}")
+
+
+class StopSignals:
+    """While active, SIGINT and SIGTERM only note their name in `received`; a second SIGINT interrupts at once."""
+
+    def __init__(self) -> None:
+        self.received: str | None = None
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> StopSignals:
+        if threading.current_thread() is threading.main_thread():  # Python allows handlers nowhere else
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._previous[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, _: object) -> None:
+        if self.received is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = signal.Signals(number).name
+
+
+def ignore_signals(_: int = 0) -> None:
+    """For data workers: terminal and scheduler signal the whole process group, but the step in progress still needs its data."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def start_accelerator(config: TrainerConfig) -> Accelerator:
+    """Accelerator for a run; RuntimeError when the launcher's processes did not find each other, ValueError for an unsupported engine."""
+    accelerator = Accelerator(
+        mixed_precision=config.precision,
+        # A plugin rather than a number: a launcher's environment would override the number and rescale every loss.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1, sync_with_dataloader=False),
+        log_with=tracker_names(config.tensorboard, config.wandb) or None,
+        project_config=ProjectConfiguration(project_dir=config.output_dir, logging_dir=config.output_dir),
+    )
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if accelerator.num_processes != launched:
+        raise RuntimeError(
+            f"{launched} processes were launched but accelerate sees {accelerator.num_processes}: they would train independently. On CPU set "
+            "ACCELERATE_USE_CPU=true and launch with torchrun or `accelerate launch --multi_gpu`."
+        )
+    if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU):
+        raise ValueError(f"the trainer runs plain or under DDP, not under {accelerator.distributed_type.value}")
+    return accelerator
