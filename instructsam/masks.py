@@ -2,8 +2,8 @@
 
 Everything that comes from outside is checked *before* it reaches pycocotools, whose C code trusts its input: a
 truncated string is read beyond its end, counts that do not sum to height x width write beyond the mask (DESIGN
-section 16). The check reads the compressed strings with numpy, many at a time. Results are canonical: compressed, ``counts`` a
-``str`` (so that they can be written as JSON), and no empty runs within.
+section 16). The check reads the compressed strings with numpy, many at a time. Results are canonical: compressed,
+``counts`` a ``str`` (so that they can be written as JSON), and no empty runs within.
 
 Shapes: N masks, H W pixels. Boxes are [x1, y1, x2, y2] in pixels with exclusive ends, so that x2 - x1 is a width.
 """
@@ -16,13 +16,14 @@ from typing import Any, cast
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from pycocotools import mask as coco
+from pycocotools import mask as coco  # type: ignore[import-untyped]
 
 from instructsam.structures import RLE
 
 MAX_PIXELS = 2**31 - 1  # the C code counts pixels in 32 bits
 _MAX_DIGITS = 7  # base-32 digits (5 bits each) of a number below 2**31, with its sign
 _CHUNK_PIXELS = 2**30  # pixels handed to the C encoder at once: it also counts those of a batch in 32 bits
+_CHUNK_CHARS = 2**15  # characters checked at once, so that the arrays made of them stay in the cache
 
 
 # ---- checking ---------------------------------------------------------------------------------------------------
@@ -34,7 +35,7 @@ def check_rle(rle: Any, height: int | None = None, width: int | None = None, wha
 
 
 def check_rles(
-    rles: Iterable[Any], height: int | None = None, width: int | None = None, what: str = "rles"
+    rles: Iterable[Any], height: int | None = None, width: int | None = None, what: str | Callable[[int], str] = "rles"
 ) -> list[RLE]:
     """Check run-length codes and bring them to canonical form.
 
@@ -42,7 +43,7 @@ def check_rles(
         rles: dicts with ``size`` [height, width] and ``counts``: a compressed ``str`` or ``bytes``, or a list of run
             lengths (background first, column by column).
         height, width: the size that they must have, in pixels; any size where None.
-        what: name of the list in error messages.
+        what: name of the list in error messages, or a function from an index to the code's name.
 
     Returns:
         New dicts with a compressed ``str`` as counts and no empty run except possibly the first.
@@ -50,7 +51,7 @@ def check_rles(
     Raises:
         ValueError: ``what[index]: reason`` for anything malformed.
     """
-    return _check(rles, height, width, lambda index: f"{what}[{index}]")
+    return _check(rles, height, width, what if callable(what) else lambda index: f"{what}[{index}]")
 
 
 def _check(rles: Iterable[Any], height: int | None, width: int | None, name: Callable[[int], str]) -> list[RLE]:
@@ -63,33 +64,48 @@ def _check(rles: Iterable[Any], height: int | None, width: int | None, name: Cal
             strings.append(counts if isinstance(counts, bytes) else _compress(_run_lengths(counts, size), size))
         except ValueError as error:
             raise ValueError(f"{name(index)}: {error}") from None
-    if not strings:
-        return []
+    canonical: list[bytes] = []
+    while (start := len(canonical)) < len(strings):
+        stop, chars = start + 1, len(strings[start])
+        while stop < len(strings) and chars + len(strings[stop]) <= _CHUNK_CHARS:
+            chars += len(strings[stop])
+            stop += 1
+        canonical += _check_counts(strings[start:stop], sizes[start:stop], _shifted(name, start))
+    return [_rle(size, string) for size, string in zip(sizes, canonical, strict=True)]
 
+
+def _shifted(name: Callable[[int], str], start: int) -> Callable[[int], str]:
+    return lambda index: name(start + index)
+
+
+def _check_counts(strings: list[bytes], sizes: list[list[int]], name: Callable[[int], str]) -> list[bytes]:
+    """The strings in canonical form, if every one fills its size."""
     counts_flat, starts = _read_counts(strings, name)
-    owner = np.repeat(np.arange(len(strings)), np.diff(starts))
     pixels = np.array([size[0] * size[1] for size in sizes], dtype=np.int64)
-    wrong = (counts_flat < 0) | (counts_flat > pixels[owner])
+    pixels_flat = np.repeat(pixels, np.diff(starts))
+    wrong = (counts_flat < 0) | (counts_flat > pixels_flat)
     if wrong.any():
         at = int(wrong.argmax())
-        index = int(owner[at])
+        index = _segment(starts, at)
         raise ValueError(
             f"{name(index)}: run {at - starts[index]} has length {counts_flat[at]}, "
             f"which does not fit {_times(sizes[index])} = {pixels[index]} pixels"
         )
-    running = np.concatenate([[0], np.cumsum(counts_flat)])
-    totals = running[starts[1:]] - running[starts[:-1]]
+    totals = np.add.reduceat(counts_flat, starts[:-1])
     if (totals != pixels).any():
         index = int((totals != pixels).argmax())
         raise ValueError(
             f"{name(index)}: counts sum to {totals[index]}, but {_times(sizes[index])} has {pixels[index]} pixels"
         )
-    # The C code mistakes empty runs after the first for pixels when it looks for a mask's box.
+    # The C code takes an empty run after the first for pixels when it looks for a mask's box.
     empty_runs = counts_flat == 0
     empty_runs[starts[:-1]] = False
-    for index in np.unique(owner[empty_runs]).tolist():
-        strings[index] = _compress(_without_empty_runs(counts_flat[starts[index] : starts[index + 1]]), sizes[index])
-    return [_rle(size, string) for size, string in zip(sizes, strings, strict=True)]
+    if empty_runs.any():
+        strings = list(strings)
+        for index in {_segment(starts, at) for at in np.flatnonzero(empty_runs).tolist()}:
+            runs = _without_empty_runs(counts_flat[starts[index] : starts[index + 1]])
+            strings[index] = _compress(runs, sizes[index])
+    return strings
 
 
 def _fields(rle: Any, height: int | None, width: int | None) -> tuple[list[int], Any]:
@@ -142,33 +158,31 @@ def _read_counts(strings: Sequence[bytes], name: Callable[[int], str]) -> tuple[
     Returns:
         All run lengths one after another, and (N + 1,) where each string's begin (and the last ends).
     """
-    lengths = np.array([len(string) for string in strings])
-    chars = np.frombuffer(b"".join(strings), dtype=np.uint8).astype(np.int64) - 48
-    char_starts = np.concatenate([[0], np.cumsum(lengths)])
-
-    def owner(char: int) -> int:
-        return int(np.searchsorted(char_starts, char, side="right")) - 1
-
-    bad = (chars < 0) | (chars > 63)
-    if bad.any():
-        at = int(bad.argmax())
-        index = owner(at)
+    char_starts = np.concatenate([[0], np.cumsum([len(string) for string in strings])])
+    chars = np.frombuffer(b"".join(strings), dtype=np.uint8) - np.uint8(48)  # smaller ones wrap around to large ones
+    if chars.max() > 63:
+        at = int((chars > 63).argmax())
+        index = _segment(char_starts, at)
         raise ValueError(
-            f"{name(index)}: counts holds the character {chr(chars[at] + 48)!r} at position {at - char_starts[index]}, "
-            "which the compressed form does not know"
+            f"{name(index)}: counts holds the character {chr((int(chars[at]) + 48) % 256)!r} at position "
+            f"{at - char_starts[index]}, which the compressed form does not know"
         )
-    is_last = chars & 0x20 == 0
-    cut = ~is_last[char_starts[1:] - 1]
-    if cut.any():
-        raise ValueError(f"{name(int(cut.argmax()))}: counts is truncated, its last number is incomplete")
+    is_last = chars < 0x20
+    if not is_last[char_starts[1:] - 1].all():
+        index = int(is_last[char_starts[1:] - 1].argmin())
+        raise ValueError(f"{name(index)}: counts is truncated, its last number is incomplete")
     lasts = np.flatnonzero(is_last)
     firsts = np.concatenate([[0], lasts[:-1] + 1])
     digits = lasts - firsts + 1
     if digits.max() > _MAX_DIGITS:
-        raise ValueError(f"{name(owner(int(firsts[digits.argmax()])))}: counts holds a number too long for any image")
-    place = 5 * (np.arange(len(chars)) - np.repeat(firsts, digits))
-    values = np.add.reduceat((chars & 0x1F) << place, firsts)
-    values -= np.where(chars[lasts] & 0x10, np.int64(1) << (5 * digits), 0)
+        index = _segment(char_starts, int(firsts[digits.argmax()]))
+        raise ValueError(f"{name(index)}: counts holds a number too long for any image")
+    values = (chars[firsts] & 0x1F).astype(np.int64)
+    for place in range(1, int(digits.max())):
+        longer = np.flatnonzero(digits > place)
+        values[longer] |= (chars[firsts[longer] + place] & 0x1F).astype(np.int64) << (5 * place)
+    negative = np.flatnonzero(chars[lasts] & 0x10)
+    values[negative] -= np.int64(1) << (5 * digits[negative])
 
     starts = np.searchsorted(firsts, char_starts)
     position = np.arange(len(values)) - np.repeat(starts[:-1], np.diff(starts))
@@ -200,6 +214,11 @@ def _rle(size: Sequence[int], counts: bytes) -> RLE:
 
 def _is_integer(value: Any) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def _segment(starts: NDArray[np.int64], position: int) -> int:
+    """Which of the segments that begin at ``starts`` a position lies in."""
+    return int(np.searchsorted(starts, position, side="right")) - 1
 
 
 def _times(size: Sequence[int]) -> str:
@@ -249,7 +268,7 @@ def encode_batch(masks: ArrayLike) -> list[RLE]:
 def decode(rle: Any, height: int | None = None, width: int | None = None) -> NDArray[np.bool_]:
     """Decode an RLE to a boolean mask (H, W). Raises ValueError where malformed or not of the size given."""
     checked = check_rle(rle, height, width)
-    return decode_batch([checked], *checked["size"], checked=True)[0]
+    return decode_batch([checked], checked["size"][0], checked["size"][1], checked=True)[0]
 
 
 def decode_batch(rles: Iterable[Any], height: int, width: int, checked: bool = False) -> NDArray[np.bool_]:
@@ -382,8 +401,8 @@ def _check_polygon(polygon: Any, height: int, width: int, name: str) -> list[flo
 def box_to_rle(box: ArrayLike, height: int, width: int, what: str = "box") -> RLE:
     """A filled box [x1, y1, x2, y2] (pixels, exclusive ends) as a mask of size (height, width), cut at the border.
 
-    A pixel belongs to the box if its centre does; a box too thin to hold a centre gets the pixels that its own centre line lies in,
-    so that no box inside the image becomes an empty mask.
+    A pixel belongs to the box if its centre does; a box too thin to hold a centre gets the pixels that its own
+    middle lies in, so that no box inside the image becomes an empty mask.
 
     Raises:
         ValueError: for NaN or infinite coordinates, x2 <= x1, y2 <= y1, or a box outside the image.

@@ -1,8 +1,9 @@
 """Which samples a training step sees: an endless, stateless and exactly resumable stream of (epoch, index) keys.
 
-The stream is a pure function of (seed, data set length), the same for every rank: a permutation of each epoch, one after the other.
-A step takes the next `global batch` keys, and every rank and micro batch its own slice of them, so how the global batch is
-split over ranks and accumulation steps changes nothing, and starting at step s needs no replay of the steps before.
+The stream is a pure function of (seed, data set length), the same for every rank: a permutation of each epoch, one
+after the other. A step takes the next `global batch` keys, and every rank and micro batch its own slice of them, so
+how the global batch is split over ranks and accumulation steps changes nothing, and starting at step s needs no
+replay of the steps before.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ def steps_for_epochs(dataset_length: int, global_batch_size: int, epochs: float 
     """Optimizer steps after which `epochs` passes over the data are done (rounded up, at least one)."""
     if dataset_length < 1 or global_batch_size < 1 or epochs <= 0:
         raise ValueError(
-            f"dataset_length, global_batch_size and epochs must be positive, got {dataset_length}, {global_batch_size}, {epochs}"
+            f"dataset_length, global_batch_size and epochs must be positive, got {dataset_length}, "
+            f"{global_batch_size}, {epochs}"
         )
     return max(1, int(np.ceil(dataset_length * epochs / global_batch_size)))
 
@@ -27,8 +29,9 @@ def steps_for_epochs(dataset_length: int, global_batch_size: int, epochs: float 
 class StepSampler(Sampler[list[Key]]):
     """Endless batch sampler of keys (epoch, index); yields one micro batch of this rank at a time.
 
-    Step s (counted from 0) consumes `per_device_batch_size * world_size * accumulation` consecutive keys of the stream; micro batch m of
-    rank r is the slice number m * world_size + r of these. An epoch may end in the middle of a step.
+    Step s (counted from 0) consumes `per_device_batch_size * world_size * accumulation` consecutive keys of the
+    stream; micro batch m of rank r is the slice number m * world_size + r of these. An epoch may end in the middle
+    of a step.
 
     Raises ValueError for an empty data set, sizes below one, or a rank outside the world.
     """

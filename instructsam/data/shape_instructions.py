@@ -1,21 +1,33 @@
 """Instructions about a scene of the tiny world, of every kind that real ones have (DESIGN section 12).
 
-Plain concepts (category, phrases, attribute) are answered with their own words. All other kinds are answered with the
-generic phrase "shapes": if the phrase repeated the instruction, the detector could find the target from the phrase alone
-and the instance queries would learn nothing. Decisions about position and size are asked only where they are clear.
+Plain concepts (category, phrases, attribute) are answered with their own words, all other kinds with the generic phrase
+"shapes": if the phrase repeated the instruction, the detector could find the target from the phrase alone and the
+instance queries would learn nothing. Decisions about position and size are asked only where they are clear.
 """
 
 from __future__ import annotations
 
 import random
-import re
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from instructsam.data.shape_wordings import (
+    ADVERBS,
+    COMMON,
+    EXTREMES,
+    FAR,
+    HALVES,
+    LARGEST,
+    NEAR,
+    ORDINALS,
+    PLURALS,
+    SMALLEST,
+    TEMPLATES,
+    TIMES,
+)
 from instructsam.data.shapes import ATTRIBUTES, COLORS, KINDS, REFERENCE_SIZE, SIZES, TEXTURES, Shape, odd_ones
-from instructsam.processing.tokenizer import split_words
 
 INSTRUCTION_KINDS = (
     "category",
@@ -37,104 +49,10 @@ ORDINAL_MARGIN = 4.0
 AREA_MARGIN = 1.15
 """The largest shape has at least this many times the area of the next one."""
 
-PLURALS = {"circle": "circles", "square": "squares", "triangle": "triangles", "star": "stars", "cross": "crosses"}
-ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth")
-TIMES = {1: "once", 2: "twice", 3: "three times", 4: "four times", 5: "five times"}
-ADVERBS = {
-    "left": ("left of", "to the left of"),
-    "right": ("right of", "to the right of"),
-    "top": ("above", "higher than"),
-    "bottom": ("below", "lower than", "under"),
-}
-EXTREMES = {
-    "left": ("leftmost", "furthest left"),
-    "right": ("rightmost", "furthest right"),
-    "top": ("topmost", "highest"),
-    "bottom": ("bottommost", "lowest"),
-}
-NEAR = ("closest to", "nearest to")
-FAR = ("farthest from", "furthest from")
-LARGEST = ("largest", "biggest")
-SMALLEST = ("smallest", "tiniest")
-
-# {d}: what is asked for, {be}: is or are, {p}/{s}: plural/singular noun phrase, {r}: a shape to refer to.
-TEMPLATES: dict[str, tuple[str, ...]] = {
-    "request": (
-        "{d}",
-        "segment {d}",
-        "find {d}",
-        "show {d}",
-        "show me {d}",
-        "mark {d}",
-        "select {d}",
-        "outline {d}",
-        "point out {d}",
-        "please segment {d}",
-        "give me the mask of {d}",
-        "i am looking for {d}",
-        "can you find {d}?",
-        "could you mark {d}?",
-        "where {be} {d}?",
-        "which pixels belong to {d}?",
-    ),
-    "several": ("the {p}", "all {p}", "all the {p}", "all of the {p}"),
-    "each": ("every {s}", "each {s}"),
-    "single": ("the {s}",),
-    "adjective": ("everything {a}", "everything that is {a}", "all that is {a}", "whatever is {a}"),
-    "list": ("{d}, ", "{d} and ", "{d} as well as "),
-    "side": ("the {p} {side} {r}", "all {p} {side} {r}", "every {s} {side} {r}", "the {p} that are {side} {r}"),
-    "side_question": ("which {p} are {side} {r}?", "what {p} are {side} {r}?"),
-    "half": ("the {p} in the {half} half", "all {p} in the {half} half of the picture"),
-    "extreme": ("the {e} {s}", "the {s} that is {e}", "the {e} of the {p}"),
-    "extreme_question": ("which {s} is the {e}?", "which of the {p} is {e}?"),
-    "distance": ("the {s} {near} {r}", "the {s} that is {near} {r}", "of the {p} the one {near} {r}"),
-    "distance_question": ("which {s} is {near} {r}?", "which of the {p} is {near} {r}?"),
-    "superlative": ("the {m} {s}", "the {s} that is the {m}", "the {m} of the {p}", "the {m} one of the {p}"),
-    "superlative_question": ("which {s} is the {m}?", "which of the {p} is the {m}?"),
-    "ordinal": ("the {n} {s} from the {edge}", "the {n} {s} counting from the {edge}", "{s} number {n} from the {edge}"),
-    "ordinal_question": ("which {s} is the {n} from the {edge}?", "counting from the {edge}, which {s} is the {n}?"),
-    "count": (
-        "the shapes whose {x} appears exactly {k}",
-        "all shapes whose {x} occurs exactly {k}",
-        "the shapes with a {x} that appears exactly {k}",
-        "every shape with a {x} that occurs exactly {k}",
-    ),
-    "count_question": ("which shapes have a {x} that appears exactly {k}?", "which shapes share a {x} seen exactly {k}?"),
-    "common": ("the shapes of the {c} common {x}", "all shapes that have the {c} common {x}"),
-    "common_question": ("which shapes have the {c} common {x}?",),
-    "not": ("the {p} that are not {a}", "all {p} that are not {a}", "every {s} that is not {a}", "the {p} except {a} ones"),
-    "not_question": ("which {p} are not {a}?",),
-    "except": ("everything except the {p}", "all shapes but the {p}", "everything but the {p}", "all but the {p}"),
-    "neither": ("the {p} that are neither {a} nor {b}", "every {s} that is neither {a} nor {b}"),
-    "odd": (
-        "the odd one out",
-        "the shape that is the odd one out",
-        "the one that does not belong",
-        "the shape that does not belong to the group",
-        "the shape that does not match the others",
-        "the one that is unlike all the others",
-    ),
-    "odd_question": (
-        "which one is the odd one out?",
-        "which shape does not fit in with the others?",
-        "which one does not belong?",
-        "what does not match the rest?",
-    ),
-    "odd_hint": (
-        "the one whose {x} differs from the others",
-        "the shape with a different {x} than the rest",
-        "the odd one out by {x}",
-        "the only shape that does not share the {x} of the others",
-    ),
-    "odd_hint_question": ("which shape has a {x} unlike all the others?", "which one differs from the rest in {x}?"),
-}
-HALVES = {"left": "left", "right": "right", "top": "upper", "bottom": "lower"}
-COMMON = ("most", "least")
-
 
 @dataclass(frozen=True)
 class Instruction:
-    """An instruction with its true answer: phrases in the order of the answer, each with indices of the scene's shapes."""
+    """An instruction with its true answer: the phrases in order, each with indices of the scene's shapes."""
 
     text: str
     kind: str
@@ -180,16 +98,7 @@ class Asked(NamedTuple):
 
 
 Maker = Callable[[random.Random, tuple[Shape, ...], float, bool], Asked | None]
-"""(rng, shapes, picture size in pixels, whether an empty answer is wanted) → wording and answer, None = not this time."""
-
-
-def vocabulary() -> list[str]:
-    """Every word that an instruction or a phrase of the tiny world can hold, sorted."""
-    texts = [template for templates in TEMPLATES.values() for template in templates]
-    texts += [*KINDS, *PLURALS.values(), *COLORS, *SIZES, *TEXTURES, *ATTRIBUTES, "shape", "shapes", "is", "are"]
-    texts += [*ORDINALS, *TIMES.values(), *NEAR, *FAR, *LARGEST, *SMALLEST, *ADVERBS, *HALVES.values(), *COMMON]
-    texts += [word for words in (*ADVERBS.values(), *EXTREMES.values()) for word in words]
-    return sorted({word for text in texts for word in split_words(re.sub(r"\{\w+\}", " ", text))})
+"""(rng, shapes, scale of lengths, whether an empty answer is wanted) → wording and answer; None = not this time."""
 
 
 def make_instruction(
@@ -202,6 +111,7 @@ def make_instruction(
     if kind not in INSTRUCTION_KINDS:
         raise ValueError(f"unknown instruction kind {kind!r}, expected one of {INSTRUCTION_KINDS}")
     for _ in range(tries):
+        made: Instruction | None
         if kind == "category":
             made = _category(rng, shapes)
         elif kind == "phrases":
@@ -258,8 +168,10 @@ def _plain_no_target(rng: random.Random, shapes: tuple[Shape, ...]) -> Instructi
         extra = rng.choice((0, 0, 1))
         noun = Noun(color=rng.choice(colors), kind=rng.choice(kinds))
         if extra:
-            noun = noun._replace(texture=rng.choice(TEXTURES)) if rng.random() < 0.5 else noun._replace(
-                size=rng.choice(SIZES)
+            noun = (
+                noun._replace(texture=rng.choice(TEXTURES))
+                if rng.random() < 0.5
+                else noun._replace(size=rng.choice(SIZES))
             )
     else:
         noun = Noun(color=rng.choice((None, *COLORS)), kind=rng.choice((None, *KINDS)))
@@ -304,11 +216,9 @@ def _plain(rng: random.Random, shapes: tuple[Shape, ...], noun: Noun, kind: str)
 def _relational(rng: random.Random, shapes: tuple[Shape, ...], image_size: int, kind: str) -> Instruction | None:
     empty = kind == "no_target"
     source = rng.choice(tuple(RELATIONS)) if empty else kind
-    questions: list[str] = []
     asked = rng.choice(RELATIONS[source])(rng, shapes, image_size / REFERENCE_SIZE, empty)
     if asked is None or bool(asked.answer) == empty:
         return None
-    del questions
     text = asked.text if asked.text.endswith("?") else _request(rng, asked.text, asked.plural)
     return Instruction(text, kind, ((GENERIC_PHRASE, asked.answer),))
 
@@ -329,10 +239,9 @@ def _superlative(rng: random.Random, shapes: tuple[Shape, ...], scale: float, em
     noun, group = _group(rng, shapes, empty, least=2)
     words = {"m": rng.choice(LARGEST if largest else SMALLEST), **noun.words}
     if not empty:
-        areas = [[(shapes[i].area, i) for i in group], [(shapes[i].full_area, i) for i in group]]
         winners = set()
-        for values in areas:  # what is seen and what is known to be behind must agree
-            values.sort(reverse=largest)
+        for name in ("area", "full_area"):  # what is seen and what is known to be behind must agree
+            values = sorted(((getattr(shapes[i], name), i) for i in group), reverse=largest)
             (first, winner), (second, _) = values[:2]
             if max(first, second) < AREA_MARGIN * min(first, second):
                 return None
@@ -351,9 +260,10 @@ def _side(rng: random.Random, shapes: tuple[Shape, ...], scale: float, empty: bo
     noun, group = _group(rng, shapes, empty=False, least=1)
     if noun.matches(shapes[anchor]) and rng.random() < 0.5 and name.kind is not None:
         noun, group = Noun(), Noun().pick(shapes)
+    others = [i for i in group if i != anchor]
     edge = rng.choice(tuple(ADVERBS))
-    answer = _beyond(shapes, [i for i in group if i != anchor], edge, _position(shapes[anchor], edge), scale)
-    if answer is None:
+    answer = _beyond(shapes, others, edge, _position(shapes[anchor], edge), scale)
+    if not others or answer is None:
         return None
     text = _say(rng, "side", side=rng.choice(ADVERBS[edge]), r=f"the {name.singular}", **noun.words)
     return Asked(text, answer, _is_plural(text))
@@ -536,7 +446,7 @@ def _request(rng: random.Random, body: str, plural: bool) -> str:
 
 
 def _group(rng: random.Random, shapes: tuple[Shape, ...], empty: bool, least: int) -> tuple[Noun, tuple[int, ...]]:
-    """A description to choose among, by kind, colour or texture, and its shapes: at least ``least``, or with ``empty`` none."""
+    """A description by kind, colour or texture with the shapes it fits: at least ``least``, or with ``empty`` none."""
     for _ in range(10):
         if empty:
             noun = Noun(color=rng.choice((None, *COLORS)), kind=rng.choice(KINDS))
@@ -556,7 +466,14 @@ def _group(rng: random.Random, shapes: tuple[Shape, ...], empty: bool, least: in
 
 def _unique_name(rng: random.Random, shapes: tuple[Shape, ...], index: int) -> Noun | None:
     """A short description that fits this shape alone; None if there is none."""
-    options = (("kind",), ("color",), ("color", "kind"), ("size", "kind"), ("texture", "kind"), ("size", "color", "kind"))
+    options = (
+        ("kind",),
+        ("color",),
+        ("color", "kind"),
+        ("size", "kind"),
+        ("texture", "kind"),
+        ("size", "color", "kind"),
+    )
     names = [_describe(rng, shapes[index], fields, 0) for fields in options]
     unique = [name for name in names if name.pick(shapes) == (index,)]
     return rng.choice(unique[:3]) if unique else None

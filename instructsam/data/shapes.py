@@ -34,7 +34,11 @@ RADII = {"small": (7.5, 9.0), "large": (12.0, 16.0)}
 """Radius of the circle with the same area as the shape, so that areas compare across kinds."""
 MIN_VISIBLE = 0.6
 SUPERSAMPLE = 4
+MAX_TILT = 18
+"""Degrees that shapes are turned by: few, so that no square becomes a diamond and no cross an x."""
 STRIPE_PERIOD = 6.0
+STRIPE_RIM = 1.6
+"""Pixels along the edge without stripes, which keep the outline of small shapes clear."""
 
 # How far a kind reaches from its centre, for a shape with the area of the unit circle.
 _STAR_INNER = 0.48
@@ -154,68 +158,68 @@ def _draw(rng: random.Random, wanted: list[dict[str, str]], image_size: int) -> 
             break
     else:
         raise AssertionError("no layout found; this many small shapes always fit")
-    coverages, masks, radii = placed
     canvas = _background(rng, image_size)
     shapes = []
-    for attributes, coverage, mask, radius in zip(wanted, coverages, masks, radii, strict=True):
-        ink = _ink(rng, attributes, image_size, scale)
-        alpha = coverage[..., None]
-        canvas += alpha * (ink - canvas)
-        ys, xs = np.nonzero(mask)
+    for attributes, spot in zip(wanted, placed, strict=True):
+        ink = _ink(rng, attributes, spot, image_size, scale)
+        canvas += spot.coverage[..., None] * (ink - canvas)
+        ys, xs = np.nonzero(spot.visible)
         shapes.append(
             Shape(
                 **attributes,
                 x=float(xs.mean()),
                 y=float(ys.mean()),
                 area=len(xs),
-                full_area=float(coverage.sum()),
-                radius=radius,
+                full_area=float(spot.coverage.sum()),
+                radius=spot.radius,
             )
         )
     image = np.clip(canvas + 0.5, 0, 255).astype(np.uint8)
-    return Scene(image, np.stack(masks), tuple(shapes))
+    return Scene(image, np.stack([spot.visible for spot in placed]), tuple(shapes))
 
 
-def _place(
-    rng: random.Random, wanted: list[dict[str, str]], image_size: int, scale: float
-) -> tuple[list[np.ndarray], list[np.ndarray], list[float]] | None:
-    """Coverage (H, W) in 0…1, visible mask (H, W) and radius of every shape; None when one of them found no room."""
-    coverages: list[np.ndarray] = []
-    visible: list[np.ndarray] = []
-    full: list[int] = []
-    radii: list[float] = []
+@dataclass
+class _Spot:
+    """Where a shape lies: ``coverage`` (H, W) float32 in 0…1 of the whole shape, ``visible`` (H, W) bool, ``full``
+    pixels of it before anything was put on top."""
+
+    x: float
+    y: float
+    radius: float
+    angle: float
+    coverage: np.ndarray
+    visible: np.ndarray
+    full: int
+
+
+def _place(rng: random.Random, wanted: list[dict[str, str]], image_size: int, scale: float) -> list[_Spot] | None:
+    """A spot for every shape, each on top of those before it; None when one of them found no room."""
+    spots: list[_Spot] = []
     for attributes in wanted:
         for _ in range(20):
             radius = rng.uniform(*RADII[attributes["size"]]) * scale
-            margin = 0.85 * radius * _REACH[attributes["kind"]]
+            margin = 0.9 * radius * _REACH[attributes["kind"]]
             x, y = rng.uniform(margin, image_size - margin), rng.uniform(margin, image_size - margin)
-            coverage = _coverage(attributes["kind"], x, y, radius, rng.uniform(0, 2 * math.pi), image_size)
+            angle = rng.uniform(-1, 1) * math.radians(MAX_TILT)
+            coverage = _coverage(attributes["kind"], x, y, radius, angle, image_size)
             mask = coverage >= 0.5
-            if _fits(mask, attributes, wanted, visible, full):
+            if _fits(mask, attributes, wanted, spots):
                 break
         else:
             return None
-        visible = [other & ~mask for other in visible]
-        visible.append(mask)
-        coverages.append(coverage)
-        full.append(int(mask.sum()))
-        radii.append(radius)
-    return coverages, visible, radii
+        for spot in spots:
+            spot.visible = spot.visible & ~mask
+        spots.append(_Spot(x, y, radius, angle, coverage, mask, int(mask.sum())))
+    return spots
 
 
-def _fits(
-    mask: np.ndarray,
-    attributes: dict[str, str],
-    wanted: list[dict[str, str]],
-    visible: list[np.ndarray],
-    full: list[int],
-) -> bool:
+def _fits(mask: np.ndarray, attributes: dict[str, str], wanted: list[dict[str, str]], spots: list[_Spot]) -> bool:
     """Whether a new shape on top leaves enough of the others and touches none that it would blend into."""
-    for other, other_attributes, area in zip(visible, wanted, full, strict=False):
-        overlap = int((other & mask).sum())
-        if overlap and other_attributes["color"] == attributes["color"]:
+    for spot, others in zip(spots, wanted, strict=False):
+        overlap = int(np.count_nonzero(spot.visible & mask))
+        if overlap and others["color"] == attributes["color"]:
             return False
-        if int(other.sum()) - overlap < MIN_VISIBLE * area:
+        if np.count_nonzero(spot.visible) - overlap < MIN_VISIBLE * spot.full:
             return False
     return True
 
@@ -229,16 +233,9 @@ def _coverage(kind: str, x: float, y: float, radius: float, angle: float, image_
     if kind == "circle":
         draw.ellipse((cx - reach, cy - reach, cx + reach, cy + reach), fill=255)
     else:
-        tilt = _tilt(kind, angle)
-        cos, sin = reach * math.cos(tilt), reach * math.sin(tilt)
+        cos, sin = reach * math.cos(angle), reach * math.sin(angle)
         draw.polygon([(cx + u * cos - v * sin, cy + u * sin + v * cos) for u, v in _outline(kind)], fill=255)
     return np.asarray(picture.reduce(SUPERSAMPLE), dtype=np.float32) / 255
-
-
-def _tilt(kind: str, angle: float) -> float:
-    """Small turns only: a square must not become a diamond, nor a cross an x."""
-    limit = math.radians(15 if kind in ("square", "cross") else 20)
-    return (angle / math.pi - 1) * limit
 
 
 @lru_cache
@@ -268,7 +265,7 @@ def _grid(image_size: int) -> tuple[np.ndarray, np.ndarray]:
     return xs, ys
 
 
-def _ink(rng: random.Random, attributes: dict[str, str], image_size: int, scale: float) -> np.ndarray:
+def _ink(rng: random.Random, attributes: dict[str, str], spot: _Spot, image_size: int, scale: float) -> np.ndarray:
     """Colour of the shape, (3,) or with stripes (H, W, 3) float32; slightly different every time."""
     base = np.array([channel + rng.uniform(-10, 10) for channel in COLORS[attributes["color"]]], dtype=np.float32)
     if attributes["texture"] == "solid":
@@ -276,7 +273,9 @@ def _ink(rng: random.Random, attributes: dict[str, str], image_size: int, scale:
     xs, ys = _grid(image_size)
     angle, phase = rng.uniform(0, math.pi), rng.uniform(0, 2 * math.pi)
     turns = (xs * math.cos(angle) + ys * math.sin(angle)) * (2 * math.pi / (STRIPE_PERIOD * scale)) + phase
-    stripe = np.clip(0.5 + 1.5 * np.sin(turns), 0, 1)[..., None]
+    inner = max(spot.radius - STRIPE_RIM * scale, 1.0)
+    inside = _coverage(attributes["kind"], spot.x, spot.y, inner, spot.angle, image_size)
+    stripe = (inside * np.clip(0.5 + 1.5 * np.sin(turns), 0, 1))[..., None]
     # Dark stripes keep the hue; white ones would turn red to pink.
     return base * (1 - 0.65 * stripe)
 
@@ -299,6 +298,8 @@ def _background(rng: random.Random, image_size: int) -> np.ndarray:
         along = ((along - along.min()) / (along.max() - along.min()))[..., None]
         canvas += along * (second - first)
     elif style == "noise":
-        noise = np.random.default_rng(rng.getrandbits(64)).standard_normal((image_size, image_size, 1), dtype=np.float32)
+        noise = np.random.default_rng(rng.getrandbits(64)).standard_normal(
+            (image_size, image_size, 1), dtype=np.float32
+        )
         canvas += noise * rng.uniform(3, 8)
     return canvas

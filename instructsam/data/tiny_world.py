@@ -15,12 +15,12 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from PIL import Image
-from pycocotools import mask as mask_utils
 from tqdm import tqdm
 
-from instructsam.data.shape_instructions import INSTRUCTION_KINDS, Instruction, make_instructions, vocabulary
+from instructsam import masks
+from instructsam.data.shape_instructions import INSTRUCTION_KINDS, Instruction, make_instructions
+from instructsam.data.shape_wordings import vocabulary
 from instructsam.data.shapes import KINDS, REFERENCE_SIZE, Scene, sample_scene
 from instructsam.processing.tokenizer import save_word_tokenizer
 
@@ -32,7 +32,9 @@ VAL_INSTRUCTIONS = 5
 ODD_SHARE = 0.35
 
 
-def make_example(seed: int, split: str, index: int, image_size: int = REFERENCE_SIZE) -> tuple[Scene, list[Instruction]]:
+def make_example(
+    seed: int, split: str, index: int, image_size: int = REFERENCE_SIZE
+) -> tuple[Scene, list[Instruction]]:
     """Scene ``index`` of a split with its instructions: about 12 for "train", 5 for any other split.
 
     Splits other than train are balanced: two scenes in a row share the ten kinds between them.
@@ -68,7 +70,7 @@ def make_tiny_world(
     image_size: int = REFERENCE_SIZE,
     overwrite: bool = False,
 ) -> dict[str, Any]:
-    """Write the world to ``root`` (ROOT/train, ROOT/val, ROOT/tokenizer, ROOT/world.json); returns what world.json holds.
+    """Write the world to ``root``: train, val, tokenizer and world.json, whose contents are returned.
 
     Does nothing if the same world is there already. A world with other settings is replaced with ``overwrite`` only; a
     folder that holds anything else never is (ValueError). Everything is written beside the root first and renamed at
@@ -84,16 +86,21 @@ def make_tiny_world(
             print(f"{root} holds this world already, nothing to do")
             return present
         if not overwrite:
-            raise ValueError(f"{root} holds a world with settings {present.get('settings')}, not {settings}: --overwrite?")
+            raise ValueError(
+                f"{root} holds a world with settings {present.get('settings')}, not {settings}: --overwrite?"
+            )
     part = root.with_name(f".{root.name}.part-{os.getpid()}")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
     try:
-        kinds = {split: _write_split(part / split, split, count, seed, image_size) for split, count in (("train", train), ("val", val))}
+        kinds = {
+            split: _write_split(part / split, split, count, seed, image_size)
+            for split, count in (("train", train), ("val", val))
+        }
         save_word_tokenizer(vocabulary(), part / "tokenizer")
         world = {"settings": settings, "instructions": kinds}
         (part / WORLD_FILE).write_text(json.dumps(world, indent=1) + "\n", encoding="utf-8")
-        _install(part, root)
+        _install(part, root, settings)
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return world
@@ -112,8 +119,11 @@ def _present(root: Path) -> dict[str, Any] | None:
     return world
 
 
-def _install(part: Path, root: Path) -> None:
+def _install(part: Path, root: Path, settings: dict[str, Any]) -> None:
     """Rename the finished folder into place; a world that it replaces is removed only after that."""
+    present = _present(root)
+    if present is not None and present.get("settings") == settings:
+        return  # another process was faster, with the same world
     old = root.with_name(f".{root.name}.old-{os.getpid()}")
     if root.exists():
         root.rename(old)
@@ -124,7 +134,9 @@ def _install(part: Path, root: Path) -> None:
 def _write_split(folder: Path, split: str, count: int, seed: int, image_size: int) -> dict[str, int]:
     """Write one split, return its number of instructions by kind."""
     (folder / "images").mkdir(parents=True)
-    images, annotations, lines = [], [], []
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
+    lines: list[dict[str, Any]] = []
     counts: Counter[str] = Counter()
     for index in tqdm(range(count), desc=split, unit="scene"):
         scene, instructions = make_example(seed, split, index, image_size)
@@ -157,19 +169,20 @@ def _write_split(folder: Path, split: str, count: int, seed: int, image_size: in
 
 
 def _annotations(scene: Scene, image_id: int, first: int) -> list[dict[str, Any]]:
-    rles = mask_utils.encode(np.asfortranarray(scene.masks.transpose(1, 2, 0).astype(np.uint8)))
+    rles = masks.encode_batch(scene.masks)
+    boxes = masks.bboxes(rles, checked=True).tolist()
     return [
         {
             "id": first + i,
             "image_id": image_id,
             "category_id": KINDS.index(shape.kind) + 1,
-            "bbox": [float(value) for value in mask_utils.toBbox(rle)],
+            "bbox": [x1, y1, x2 - x1, y2 - y1],
             "area": shape.area,
             "iscrowd": 0,
-            "segmentation": {"size": [int(side) for side in rle["size"]], "counts": rle["counts"].decode("ascii")},
+            "segmentation": rle,
             "attributes": {"color": shape.color, "size": shape.size, "texture": shape.texture},
         }
-        for i, (shape, rle) in enumerate(zip(scene.shapes, rles, strict=True))
+        for i, (shape, rle, (x1, y1, x2, y2)) in enumerate(zip(scene.shapes, rles, boxes, strict=True))
     ]
 
 
@@ -188,4 +201,7 @@ def main(arguments: list[str] | None = None) -> None:
     except ValueError as error:
         raise SystemExit(f"error: {error}") from error
     for split, kinds in world["instructions"].items():
-        print(f"{options.root / split}: {sum(kinds.values())} instructions:", ", ".join(f"{k} {n}" for k, n in kinds.items()))
+        print(
+            f"{options.root / split}: {sum(kinds.values())} instructions:",
+            ", ".join(f"{k} {n}" for k, n in kinds.items()),
+        )

@@ -19,8 +19,8 @@ IGNORE_INDEX = -100
 class LanguageTargets(NamedTuple):
     """Trained tokens: logits at (row, position) should predict `token`; three (T,) int64 tensors.
 
-    `position` is that of the *predicting* token: the target stands one further right. T, the number of trained tokens, is
-    the batch's share of ``counts["tokens"]``.
+    `position` is that of the *predicting* token: the target stands one further right. T, the number of trained tokens,
+    is the batch's share of ``counts["tokens"]``.
     """
 
     row_T: Tensor

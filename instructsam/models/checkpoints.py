@@ -43,6 +43,13 @@ def load_model(path: str | Path, dtype: torch.dtype | None = None) -> InstructSA
     return model
 
 
+def fresh_model(config: InstructSAMConfig, seed: int) -> InstructSAM:
+    """A model with new weights; the same seed gives the same weights whatever was drawn before."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return InstructSAM(config)
+
+
 def take_modules(model: InstructSAM, path: str | Path, modules: Sequence[str]) -> None:
     """Copy the named modules (e.g. ``detector``, ``phrase_projector``) of another checkpoint into `model`.
 

@@ -52,7 +52,7 @@ class InstructSAMConfig(PretrainedConfig):
         vlm_config: Qwen3-VL's own configuration (or its dict).
         detector_config: SAM 3's own configuration (or its dict); its decoder's ``num_queries`` becomes `num_queries`.
         num_queries: N, instance queries a phrase owns (10 in the release).
-        query_init: how a new query bank starts: ``zeros`` (release), ``normal`` (std 0.02 of the text model) or
+        query_init: how a new query bank starts: ``zeros`` (release), ``normal`` or
             ``seg_token`` (the embedding of ``[SEG]``).
         attention_variant: rule of DESIGN section 5, one of `attention_mask.VARIANTS`.
         projector: ``mlp`` (Linear, ReLU, Linear; release) or ``linear``.
@@ -61,6 +61,7 @@ class InstructSAMConfig(PretrainedConfig):
         presence_token: keep SAM 3's presence token (off in the release).
         max_phrase_tokens: phrase tokens beyond this are cut (32).
         token_ids: ids of ref_start, ref_end, region, seg, mask_start, mask_end, eos, pad.
+        initializer_range: standard deviation of new projector weights and, with query_init ``normal``, of the bank.
 
     Raises:
         ValueError: an unknown choice, or sizes that make no sense.
@@ -82,6 +83,7 @@ class InstructSAMConfig(PretrainedConfig):
         presence_token: bool = False,
         max_phrase_tokens: int = 32,
         token_ids: dict[str, int] | None = None,
+        initializer_range: float = 0.02,
         **kwargs: Any,
     ):
         if num_queries < 1:
@@ -99,6 +101,7 @@ class InstructSAMConfig(PretrainedConfig):
         self.query_mode = _one_of("query_mode", query_mode, QUERY_MODES)
         self.presence_token = presence_token
         self.max_phrase_tokens = max_phrase_tokens
+        self.initializer_range = initializer_range
         self.token_ids = {**QWEN_TOKEN_IDS, **(token_ids or {})}
         super().__init__(**kwargs)
         # The tied head is this class's own affair (see InstructSAM.lm_logits).

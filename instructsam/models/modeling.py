@@ -105,9 +105,8 @@ class InstructSAM(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if isinstance(module, QueryBank):
-            text_config = self.config.vlm_config.text_config
             seg = self.get_input_embeddings().weight[self.config.token_ids["seg"]]
-            module.initialise(self.config.query_init, text_config.initializer_range, seg)
+            module.initialise(self.config.query_init, self.config.initializer_range, seg)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.vlm.get_input_embeddings()

@@ -73,8 +73,8 @@ def _upright_rgb(image: Image.Image) -> Image.Image:
 class VLMImageTransform:
     """Picture → patches for Qwen3-VL's vision tower, at native aspect ratio.
 
-    The picture is resized to the nearest multiples of ``patch_size * merge_size`` whose area lies between ``min_pixels``
-    and ``max_pixels`` (in pixels; the upper default is the training limit of 8,192 visual tokens of 32x32 pixels,
+    The picture is resized to the nearest multiples of ``patch_size * merge_size`` whose area lies between
+    ``min_pixels`` and ``max_pixels`` (the upper default is the training limit of 8,192 visual tokens of 32x32 pixels,
     DESIGN section 8), normalised with one ``mean`` and ``std`` for all channels, and cut into patches that are ordered
     merge window by merge window. A still picture is repeated ``temporal_patch_size`` times.
     """
@@ -93,7 +93,9 @@ class VLMImageTransform:
         if not 0 < self.min_pixels <= self.max_pixels:
             raise ValueError(f"need 0 < min_pixels <= max_pixels, got {self.min_pixels} and {self.max_pixels}")
         if self.max_pixels < self.factor**2:
-            raise ValueError(f"max_pixels {self.max_pixels} does not hold one token of {self.factor}x{self.factor} pixels")
+            raise ValueError(
+                f"max_pixels {self.max_pixels} is less than one token of {self.factor}x{self.factor} pixels"
+            )
 
     @property
     def factor(self) -> int:
@@ -109,7 +111,9 @@ class VLMImageTransform:
         if min(height, width) < 1:
             raise ValueError(f"a picture of {height}x{width} pixels is empty")
         if max(height, width) > MAX_ASPECT_RATIO * min(height, width):
-            raise ValueError(f"a picture of {height}x{width} pixels is thinner than 1:{MAX_ASPECT_RATIO}: crop it first")
+            raise ValueError(
+                f"a picture of {height}x{width} pixels is thinner than 1:{MAX_ASPECT_RATIO}, crop it first"
+            )
         factor = self.factor
         new_h, new_w = round(height / factor) * factor, round(width / factor) * factor
         if new_h * new_w > self.max_pixels:

@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from instructsam.masks import encode_masks
+from instructsam.masks import encode_batch
 from instructsam.processing.chat import IGNORED, ChatLayout, EncodedChat
 from instructsam.processing.images import DetectorImageTransform, VLMImageTransform, load_image
 from instructsam.processing.targets import collate_targets, phrase_targets
@@ -193,7 +193,7 @@ class InstructSAMProcessor:
         height, width = size
         boxes = boxes_PN4[phrase_index, query_index].float().clamp(0, 1)
         boxes = boxes * boxes.new_tensor([width, height, width, height])
-        rles = encode_masks(masks.cpu().numpy())
+        rles = encode_batch(masks.cpu().numpy())
         return [
             Instance(rle, score, tuple(box), phrases[p], p)
             for rle, score, box, p in zip(rles, scores.tolist(), boxes.tolist(), phrase_index.tolist(), strict=True)

@@ -2,12 +2,13 @@
 
     OUTPUT_DIR/checkpoints/step_000500/
         objective.safetensors   weights and buffers of what is trained
-        training.pt             optimizer, scheduler, gradient scaler (plain tensors and numbers; read with weights_only=True)
+        training.pt             optimizer, scheduler, gradient scaler (tensors and numbers; read with weights_only=True)
         rng.pt                  random states of torch, CUDA, numpy and Python, one entry a rank
-        state.json              step, fingerprint of the configuration, size and checksum of the other files; written last
+        state.json              step, fingerprint of the configuration, size and checksum of the files; written last
 
-A checkpoint is written to `step_000500.tmp` and renamed, so a directory without the suffix is whole, bar damage to the disk, which the checksums
-find. Only rank 0 writes. The two `_..._training_state` methods are the place where an engine that shards its state comes in.
+A checkpoint is written to `step_000500.tmp` and renamed, so a directory without the suffix is whole, bar damage to the
+disk, which the checksums find. Only rank 0 writes. The two `_..._training_state` methods are the place where an engine
+that shards its state comes in.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
+from safetensors import SafetensorError
 from safetensors.torch import load_model, save_model
 from torch import nn
 
@@ -76,7 +78,7 @@ def latest(output_dir: str | Path) -> Path | None:
 
 
 def read_state(checkpoint: str | Path) -> dict[str, Any]:
-    """The state.json of a checkpoint: format, step, fingerprint, files. ValueError if it is missing or not one of ours."""
+    """The state.json of a checkpoint: format, step, fingerprint, files. ValueError if missing or not one of ours."""
     path = Path(checkpoint) / STATE_FILE
     try:
         state = json.loads(path.read_text(encoding="utf-8"))
@@ -101,7 +103,7 @@ def load_weights(checkpoint: str | Path, objective: nn.Module) -> None:
     path = Path(checkpoint) / WEIGHTS_FILE
     try:
         load_model(objective, path, strict=True)
-    except (RuntimeError, OSError) as error:
+    except (RuntimeError, OSError, SafetensorError) as error:
         raise ValueError(f"cannot load {path}: {error}") from error
 
 
@@ -201,7 +203,8 @@ class Checkpointer:
         differences = fingerprint_differences(state["fingerprint"], self.fingerprint)
         if differences:
             raise ValueError(
-                f"{checkpoint} was made with another configuration: {'; '.join(differences)} (choose another output_dir, or restore the setting)"
+                f"{checkpoint} was made with another configuration: {'; '.join(differences)} (choose another "
+                "output_dir, or restore the setting)"
             )
         self._read_training_state(Path(checkpoint))
         rng = torch.load(Path(checkpoint) / RNG_FILE, map_location="cpu", weights_only=True)

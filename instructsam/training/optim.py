@@ -1,7 +1,7 @@
 """From configuration to optimizer: which parameters train, in which group, with which learning rate over time.
 
-Groups are named lists of regular expressions over parameter names (`re.search`). The rules are strict on purpose: a typo in a
-pattern would otherwise train a whole tower with the wrong learning rate without a word.
+Groups are named lists of regular expressions over parameter names (`re.search`). The rules are strict on purpose: a
+typo in a pattern would otherwise train a whole tower with the wrong learning rate without a word.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ class OptimConfig:
     """What the optimizer is made of.
 
     lr, weight_decay: of the default group, which takes every trainable parameter that no group claims.
-    groups: name -> {"match": [regex, ...], "lr": float, "weight_decay": float (optional, else that of the default group)}.
+    groups: name -> {"match": [regex, ...], "lr": float, "weight_decay": float (optional: else as the default group)}.
     freeze: patterns of parameters that do not train; freezing wins over groups.
     decay_all: apply weight decay also to biases, norms (1-d parameters) and embeddings.
-    schedule: "cosine" (to min_ratio of each group's lr at max_steps) or "constant", after a linear warm-up of `warmup_steps`, or of
-    `warmup_ratio` of all steps (at most one of the two).
+    schedule: "cosine" (to min_ratio of each group's lr at max_steps) or "constant", after a linear warm-up of
+    `warmup_steps`, or of `warmup_ratio` of all steps (at most one of the two).
     """
 
     lr: float = 1e-5
@@ -117,10 +117,11 @@ def freeze_parameters(module: nn.Module, patterns: Sequence[str]) -> int:
 def group_parameters(module: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:
     """Parameter groups for a torch optimizer, each with a `name`; every trainable parameter is in exactly one of them.
 
-    A group whose weight decay is not zero is split in two: NAME and NAME/no_decay (1-d parameters and embeddings). Groups left without
-    trainable parameters are omitted. A parameter with several names (tied) counts once.
+    A group whose weight decay is not zero is split in two: NAME and NAME/no_decay (1-d parameters and embeddings).
+    Groups left without trainable parameters are omitted. A parameter with several names (tied) counts once.
 
-    Raises ValueError for a pattern that matches no parameter (frozen ones count), a parameter that two groups match, or nothing to train.
+    Raises ValueError for a pattern that matches no parameter (frozen ones count), a parameter that two groups
+    match, or nothing to train.
     """
     owners: dict[int, set[str]] = {}
     names = _names_of(module)
@@ -171,8 +172,8 @@ def build_optimizer(module: nn.Module, config: OptimConfig) -> torch.optim.AdamW
 def learning_rate_factor(step: int, config: OptimConfig, max_steps: int) -> float:
     """What the learning rates are multiplied with in optimizer step `step` (from 0) of `max_steps`.
 
-    Warm-up rises from 1/warmup in the first step to 1 in step warmup - 1 (no step is lost to a zero rate); the cosine reaches min_ratio
-    after the last step.
+    Warm-up rises from 1/warmup in the first step to 1 in step warmup - 1 (no step is lost to a zero rate); the
+    cosine reaches min_ratio after the last step.
     """
     warmup = warmup_steps(config, max_steps)
     if step < warmup:

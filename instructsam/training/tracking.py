@@ -1,6 +1,6 @@
 """What a run writes down: exact records for comparing runs, timing for people, and optional dashboards.
 
-    OUTPUT_DIR/losses.jsonl        one line a step, deterministic: equal runs give equal bytes, also when killed and resumed
+    OUTPUT_DIR/losses.jsonl        one line a step; equal runs give equal bytes, also when killed and resumed
     OUTPUT_DIR/evaluations.jsonl   one line an evaluation during training
     OUTPUT_DIR/progress.jsonl      speed and memory, with wall-clock times; only ever appended to
 
@@ -185,7 +185,8 @@ class Tracking:
         elif self._wants_bar:
             terms = ", ".join(f"{name} {value:.4f}" for name, value in record["terms"].items())
             print(
-                f"step {record['step']}/{self._max_steps}: loss {record['loss']:.4f} ({terms}), {samples_per_second:.1f} samples/s",
+                f"step {record['step']}/{self._max_steps}: loss {record['loss']:.4f} ({terms}), "
+                f"{samples_per_second:.1f} samples/s",
                 flush=True,
             )
 
@@ -195,7 +196,7 @@ class Tracking:
 
 
 def tracker_names(tensorboard: bool, wandb: bool) -> list[str]:
-    """Names for accelerate's `log_with`; ValueError for one that is not installed (accelerate would drop it without a word)."""
+    """Names for accelerate's `log_with`; ValueError for one not installed (accelerate would drop it silently)."""
     names = [name for name, wanted in (("tensorboard", tensorboard), ("wandb", wandb)) if wanted]
     for name in names:
         if importlib.util.find_spec(name) is None:

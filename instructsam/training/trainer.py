@@ -1,16 +1,16 @@
-"""The training loop: optimizer steps over any objective, on one or many processes, exact under accumulation, ranks and resumption.
+"""The training loop: optimizer steps over any objective, the same for any split over processes, exact on resumption.
 
 The trainer knows no model. It works against two things:
 
     class Objective(nn.Module):
-        def count_units(self, batch) -> dict[str, float]            # what this micro batch is averaged over; always the same keys
-        def forward(self, batch, counts) -> dict[str, Tensor]       # weighted loss terms, each a sum over units / counts[...]
+        def count_units(self, batch) -> dict[str, float]        # what a micro batch is averaged over; always these keys
+        def forward(self, batch, counts) -> dict[str, Tensor]   # weighted loss terms: sums over units / counts[...]
 
     dataset[(epoch, index)]  and  collate(list of items) -> dict of tensors, with "sample_ids", a list of str
 
-The counts given to `forward` are summed over the micro batches and ranks of the optimizer step before its first forward, so the gradient does
-not depend on how the global batch is split (DESIGN section 6). All randomness of a step is seeded by (seed, step, rank): a resumed run goes
-on exactly where it was, with any number of data workers.
+The counts given to `forward` are summed over the micro batches and ranks of the optimizer step before its first
+forward, so the gradient does not depend on how the global batch is split (DESIGN section 6). All randomness of a
+step is seeded by (seed, step, rank): a resumed run goes on exactly where it was, with any number of data workers.
 """
 
 from __future__ import annotations
@@ -55,9 +55,9 @@ class TrainerConfig:
     """How long, how fast and where to train. ValueError on nonsense.
 
     per_device_batch_size x processes x accumulation samples make one optimizer step. clip_norm 0 switches clipping off;
-    checkpoint_every 0 saves only at the end; eval_every 0 never evaluates; keep_checkpoints 0 keeps all. log_every governs console,
-    progress.jsonl and dashboards, while losses.jsonl has every step. resume "auto" goes on from the newest sound checkpoint in output_dir,
-    "never" refuses a directory that holds one.
+    checkpoint_every 0 saves only at the end; eval_every 0 never evaluates; keep_checkpoints 0 keeps all. log_every
+    governs console, progress.jsonl and dashboards, while losses.jsonl has every step. resume "auto" goes on from
+    the newest sound checkpoint in output_dir, "never" refuses a directory that holds one.
     """
 
     output_dir: str
@@ -107,8 +107,10 @@ class TrainerConfig:
 class Trainer:
     """Trains `objective` on `dataset`; `run()` does everything, and may be called again in a new process to go on.
 
-    evaluate: called with the step on all ranks, without gradient, after every `eval_every` steps and at the end; returns metrics.
-    fingerprint: nested, JSON-able settings (of model and data) that must not change when a run resumes; the trainer adds its own.
+    evaluate: called with the step on all ranks, without gradient, after every `eval_every` steps and at the end;
+    returns metrics.
+    fingerprint: nested, JSON-able settings (of model and data) that must not change when a run resumes; the trainer
+    adds its own.
     """
 
     def __init__(
@@ -138,8 +140,8 @@ class Trainer:
     # ------------------------------------------------------------------ the run as a whole
 
     def run(self) -> dict[str, Any]:
-        """Set up, resume, train, save. Returns {"status", "step", "record", "metrics", "checkpoint", "output_dir"} where status is
-        "complete", "already_complete" or "interrupted" (SIGINT or SIGTERM; a checkpoint is saved).
+        """Set up, resume, train, save. Returns {"status", "step", "record", "metrics", "checkpoint", "output_dir"}
+        where status is "complete", "already_complete" or "interrupted" (SIGINT or SIGTERM; a checkpoint is saved).
 
         Raises RuntimeError for a non-finite loss or gradient, ValueError for settings that cannot work.
         """
@@ -161,7 +163,7 @@ class Trainer:
             self.tracking.close()
 
     def setup(self) -> None:
-        """Make accelerator, optimizer, schedule, data stream and records; wrap the objective for the processes there are."""
+        """Make accelerator, optimizer, schedule, data stream and records; wrap the objective in DDP where needed."""
         config = self.config
         self.accelerator = start_accelerator(config)
         optimizer = build_optimizer(self.objective, self.optim_config)
@@ -227,7 +229,8 @@ class Trainer:
                 self.save()
             if must_stop and not done:
                 self.tracking.say(
-                    f"stopped by {stop.received or 'a signal to another process'} after step {self.finished_steps}; checkpoint saved in "
+                    f"stopped by {stop.received or 'a signal to another process'} after step "
+                    f"{self.finished_steps}; checkpoint saved in "
                     f"{self.checkpointer.path_of(self.finished_steps)}. Run the same command again to resume."
                 )
                 return "interrupted"
@@ -238,7 +241,7 @@ class Trainer:
     # ------------------------------------------------------------------ one optimizer step
 
     def step(self, batches: list[Batch], stop_wanted: bool = False) -> bool:
-        """One optimizer step on `accumulation` micro batches of this rank; returns whether any rank wants to stop after it."""
+        """One optimizer step on this rank's micro batches; returns whether any rank wants to stop after it."""
         self.seed_step()
         batches = [send_to_device(batch, self.accelerator.device, non_blocking=True) for batch in batches]
         counts = self.count(batches)
@@ -263,7 +266,7 @@ class Trainer:
         return bool(stop)
 
     def seed_step(self) -> None:
-        """Seed everything random in the model by (seed, step, rank), so that resumption needs no stored random state."""
+        """Seed everything random in the model by (seed, step, rank): resumption leans on no stored random state."""
         words = np.random.SeedSequence(
             [self.config.seed, self.finished_steps, self.accelerator.process_index]
         ).generate_state(3)
@@ -282,7 +285,7 @@ class Trainer:
         return dict(zip(names, reduced.float(), strict=True))
 
     def forward_backward(self, batches: list[Batch], counts: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Accumulate the gradients of the micro batches. Returns this rank's (sum of each term (T,), total of each micro batch (M,))."""
+        """Accumulate gradients. Returns this rank's (sum of each term (T,) float64, total of each micro batch (M,))."""
         sums: list[Tensor] = []
         totals: list[Tensor] = []
         for number, batch in enumerate(batches, start=1):
@@ -303,7 +306,8 @@ class Trainer:
         return torch.stack(sums).sum(0), torch.stack(totals)
 
     def log(self, terms: dict[str, float], rates: dict[str, float], grad_norm: float) -> None:
-        """Record the step just finished: terms over the global batch, the learning rates it used, the norm before clipping."""
+        """Record the step just finished: terms over the global batch, the learning rates it used, the norm before
+        clipping."""
         self.last_record = {
             "step": self.finished_steps,
             "loss": math.fsum(terms.values()),
@@ -355,14 +359,14 @@ class Trainer:
         return {
             "status": status,
             "step": self.finished_steps,
-            "record": self.last_record or next(reversed(self.tracking.losses.read()), {}),
-            "metrics": self.last_metrics or next(reversed(self.tracking.evaluations.read()), {}).get("metrics", {}),
+            "record": self.last_record or (self.tracking.losses.read() or [{}])[-1],
+            "metrics": self.last_metrics or (self.tracking.evaluations.read() or [{}])[-1].get("metrics", {}),
             "checkpoint": str(self.checkpointer.path_of(self.finished_steps)),
             "output_dir": self.config.output_dir,
         }
 
     def _fail(self, what: str, batches: list[Batch]) -> None:
-        """RuntimeError with the samples of all ranks' `batches`; called on every rank, before the optimizer has moved."""
+        """RuntimeError with the samples of all ranks' `batches`; called on every rank, before the optimizer moves."""
         ids = gather_object([str(name) for batch in batches for name in batch.get("sample_ids", ["(no sample_ids)"])])
         raise RuntimeError(f"{what} is not finite in step {self.finished_steps + 1}; samples: {', '.join(ids)}")
 
@@ -391,13 +395,16 @@ class StopSignals:
 
 
 def ignore_signals(_: int = 0) -> None:
-    """For data workers: terminal and scheduler signal the whole process group, but the step in progress still needs its data."""
+    """For data workers: a terminal signals the whole process group, but the step in progress still needs its data."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def start_accelerator(config: TrainerConfig) -> Accelerator:
-    """Accelerator for a run; RuntimeError when the launcher's processes did not find each other, ValueError for an unsupported engine."""
+    """Accelerator for a run.
+
+    Raises RuntimeError when the launcher's processes did not find each other, ValueError for an unsupported engine.
+    """
     accelerator = Accelerator(
         mixed_precision=config.precision,
         # A plugin rather than a number: a launcher's environment would override the number and rescale every loss.
@@ -408,8 +415,9 @@ def start_accelerator(config: TrainerConfig) -> Accelerator:
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != launched:
         raise RuntimeError(
-            f"{launched} processes were launched but accelerate sees {accelerator.num_processes}: they would train independently. On CPU set "
-            "ACCELERATE_USE_CPU=true and launch with torchrun or `accelerate launch --multi_gpu`."
+            f"{launched} processes were launched but accelerate sees {accelerator.num_processes}: they would "
+            "train independently. On CPU set ACCELERATE_USE_CPU=true and launch with torchrun or "
+            "`accelerate launch --multi_gpu`."
         )
     if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU):
         raise ValueError(f"the trainer runs plain or under DDP, not under {accelerator.distributed_type.value}")

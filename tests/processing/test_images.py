@@ -217,7 +217,7 @@ class TestVLMImageTransform:
     def test_bad_arguments(self):
         with pytest.raises(ValueError, match="min_pixels"):
             VLMImageTransform(min_pixels=100_000, max_pixels=50_000)
-        with pytest.raises(ValueError, match="does not hold one token"):
+        with pytest.raises(ValueError, match="less than one token"):
             VLMImageTransform(min_pixels=1, max_pixels=1000)
         with pytest.raises(ValueError, match="at least 1"):
             VLMImageTransform(merge_size=0)

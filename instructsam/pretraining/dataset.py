@@ -1,0 +1,114 @@
+"""Pretraining items: an ordinary training item plus what every pixel shows (object map, attributes, boxes).
+
+Shape suffixes: B batch, H W pixels, O objects (row 0 = background), A attributes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from instructsam.data.dataset import InstructionDataset
+from instructsam.masks import decode_batch
+from instructsam.processing.processor import InstructSAMProcessor
+from instructsam.structures import PhraseTarget, Sample, Turn
+
+CATEGORY = "category"
+PLAIN_KINDS = ("category", "attribute", "phrases", "no_target")
+
+
+def attribute_values(samples: Sequence[Sample]) -> dict[str, list[str]]:
+    """Every attribute of the samples' objects (category name included) with its sorted values.
+
+    Raises:
+        ValueError: objects without category name or attributes (names the sample).
+    """
+    values: dict[str, set[str]] = {}
+    for sample in samples:
+        for number, item in enumerate(sample.objects):
+            if "category" not in item or "attributes" not in item:
+                raise ValueError(f"sample {sample.id}: object {number} has no category or no attributes to learn from")
+            for name, value in {CATEGORY: item["category"], **item["attributes"]}.items():
+                values.setdefault(name, set()).add(value)
+    return {name: sorted(found) for name, found in sorted(values.items())}
+
+
+class GroundedDataset(InstructionDataset):
+    """`InstructionDataset` whose items also carry the image's objects; see `collate_grounded` for the batch.
+
+    With `generic_phrase`, `num_generic` turns are added that ask for a random subset of the objects by a phrase that
+    gives nothing away (the detector's queries alone must say which); they come last.
+    """
+
+    def __init__(
+        self,
+        samples: Sequence[Sample],
+        processor: InstructSAMProcessor,
+        generic_phrase: str | None = None,
+        num_generic: int = 0,
+        **kwargs: Any,
+    ):
+        super().__init__(samples, processor, **kwargs)
+        self.values = attribute_values(self.samples)
+        self.generic_phrase = generic_phrase
+        self.num_generic = num_generic if generic_phrase else 0
+
+    def _subset(self, sample: Sample, rng: np.random.Generator) -> Turn:
+        most = min(len(sample.objects), self.processor.num_queries)
+        chosen = rng.permutation(len(sample.objects))[: rng.integers(1, most + 1)]
+        rles = tuple(sample.objects[k]["rle"] for k in chosen)
+        phrase = PhraseTarget(self.generic_phrase or "", rles)
+        return Turn(instruction=phrase.text, phrases=(phrase,))
+
+    def draw(self, key: tuple[int, int]) -> Sample:
+        sample = super().draw(key)
+        rng = np.random.default_rng((self.seed, 1, *key))
+        extra = tuple(self._subset(sample, rng) for _ in range(self.num_generic))
+        return dataclasses.replace(sample, turns=sample.turns + extra)
+
+    def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
+        sample = self.draw(key)
+        item = self.processor.encode_sample(sample, self.independent_turns)
+        rles = [thing["rle"] for thing in sample.objects]
+        masks_OHW = decode_batch(rles, sample.height, sample.width, checked=True)
+        numbers = np.arange(1, len(rles) + 1)[:, None, None]
+        item["object_map"] = torch.from_numpy((masks_OHW * numbers).max(0, initial=0))
+        rows = [
+            [values.index({CATEGORY: thing["category"], **thing["attributes"]}[name]) + 1 for name, values in self.values.items()]
+            for thing in sample.objects
+        ]
+        item["object_attributes"] = torch.tensor([[0] * len(self.values), *rows])
+        boxes = torch.tensor([[0.0] * 4, *(thing["bbox"] for thing in sample.objects)])
+        boxes = boxes / torch.tensor([sample.width, sample.height] * 2)
+        boxes[:, :2] += boxes[:, 2:] / 2
+        item["object_boxes"] = boxes
+        generic = [False] * (len(item["targets"]) - self.num_generic) + [True] * self.num_generic
+        item["generic"] = generic
+        return item
+
+
+def collate_grounded(processor: InstructSAMProcessor, items: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The processor's batch plus object_map (B, H, W), object_attributes (B, O, A), object_boxes (B, O, 4), generic (P,).
+
+    Raises:
+        ValueError: images of different sizes (pretraining is for a world of one size).
+    """
+    batch = processor.collate(items)
+    maps = [item["object_map"] for item in items]
+    if len({tuple(m.shape) for m in maps}) > 1:
+        raise ValueError("pretraining needs images of one size")
+
+    def stack(name: str) -> Tensor:
+        return pad_sequence([item[name] for item in items], batch_first=True)
+
+    batch["object_map"] = torch.stack(maps)
+    batch["object_attributes"] = stack("object_attributes")
+    batch["object_boxes"] = stack("object_boxes")
+    batch["generic"] = torch.tensor([flag for item in items for flag in item["generic"]], dtype=torch.bool)
+    return batch

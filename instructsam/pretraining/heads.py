@@ -1,0 +1,55 @@
+"""Throw-away head of the pretraining runs: what an image cell shows.
+
+Shape suffixes: B batch, O objects, C channels, H W cells, A attributes.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class DenseHead(nn.Module):
+    """Reads off every cell the attributes and the box of the object that covers it (background = class 0).
+
+    Args:
+        channels: width of the features.
+        attribute_sizes: number of values of each attribute, without background.
+    """
+
+    def __init__(self, channels: int, attribute_sizes: list[int]):
+        super().__init__()
+        self.norm = nn.LayerNorm(channels)
+        self.sizes = [size + 1 for size in attribute_sizes]
+        self.classes = nn.Linear(channels, sum(self.sizes))
+        self.box = nn.Linear(channels, 4)
+
+    def forward(self, features_BHWC: Tensor, labels_BHWA: Tensor, boxes_BHW4: Tensor, count: Tensor) -> Tensor:
+        """Cross-entropy of all attributes + L1 of the box (cxcywh in 0…1) on covered cells, summed / `count` cells."""
+        normed = self.norm(features_BHWC)
+        loss = normed.new_zeros(())
+        for logits, labels in zip(self.classes(normed).split(self.sizes, -1), labels_BHWA.unbind(-1), strict=True):
+            loss = loss + F.cross_entropy(logits.flatten(0, 2), labels.flatten(), reduction="sum")
+        covered = (labels_BHWA[..., :1] > 0).float()
+        box_error = (self.box(normed).sigmoid() - boxes_BHW4).abs() * covered
+        return (loss + 5 * box_error.sum()) / count
+
+
+def cell_targets(
+    object_map_BHW: Tensor, attributes_BOA: Tensor, boxes_BO4: Tensor, size: tuple[int, int]
+) -> tuple[Tensor, Tensor]:
+    """Labels (B, h, w, A) and boxes (B, h, w, 4) of the cells of a grid.
+
+    Args:
+        object_map_BHW: int64, 1 + index of the visible object at every pixel, 0 background.
+        attributes_BOA: int64, 1 + value; row 0 is the background, all zeros.
+        boxes_BO4: cxcywh in 0…1; row 0 zeros.
+        size: (h, w) of the grid; the pixel at a cell's centre decides.
+    """
+    height, width = object_map_BHW.shape[1:]
+    rows = ((torch.arange(size[0]) + 0.5) * height / size[0]).long()
+    columns = ((torch.arange(size[1]) + 0.5) * width / size[1]).long()
+    cells = object_map_BHW[:, rows.to(object_map_BHW.device)][:, :, columns.to(object_map_BHW.device)]
+    batch = torch.arange(len(cells), device=cells.device)[:, None, None]
+    return attributes_BOA[batch, cells], boxes_BO4[batch, cells]

@@ -1,0 +1,80 @@
+"""VLM pretraining: the language model learns to know the scene and to tell its queries which instances are meant.
+
+Language loss on the answers, box and objectness read off the query hidden states of the last layers, and attributes and
+boxes read off the image tokens. The detector does not run.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from instructsam.losses.criterion import count_targets
+from instructsam.losses.language import language_loss, language_targets
+from instructsam.models.modeling import InstructSAM
+from instructsam.pretraining.heads import DenseHead, cell_targets
+from instructsam.training.query_head import QueryBoxHead
+
+
+class VLMPretraining(nn.Module):
+    """Objective of the run that makes a grounded VLM and a query bank.
+
+    Args:
+        model: its ``vlm`` and ``query_bank`` train.
+        attribute_sizes: number of values of each object attribute.
+        lm_weight: weight of the language loss.
+        num_layers: how many of the last layers' hidden states the query head reads.
+    """
+
+    def __init__(self, model: InstructSAM, attribute_sizes: list[int], lm_weight: float = 0.3, num_layers: int = 3):
+        super().__init__()
+        self.model = model
+        self.query_head = QueryBoxHead(model.config.hidden_size, num_layers)
+        self.image_head = DenseHead(model.config.hidden_size, attribute_sizes)
+        self.lm_weight = lm_weight
+        self.num_layers = num_layers
+        for part in (model.detector, model.query_projector, model.phrase_projector):
+            part.requires_grad_(False)
+
+    def count_units(self, batch: dict[str, Any]) -> dict[str, float]:
+        """Pairs, phrases, trained tokens and image tokens of a batch."""
+        targets = language_targets(batch["input_ids"], batch["labels"], self._ignored)
+        image_tokens = (batch["input_ids"] == self.model.config.vlm_config.image_token_id).sum()
+        counts = {name: float(value) for name, value in count_targets(batch).items()}
+        return {**counts, "tokens": float(len(targets.token_T)), "cells": float(image_tokens)}
+
+    @property
+    def _ignored(self) -> list[int]:
+        ids = self.model.config.token_ids
+        return [ids["seg"], ids["mask_end"]]
+
+    def forward(self, batch: dict[str, Any], counts: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Weighted loss terms of a batch."""
+        model, input_ids = self.model, batch["input_ids"]
+        language = model.run_language_model(
+            input_ids,
+            batch["attention_mask"],
+            batch["pixel_values"],
+            batch["image_grid_thw"],
+            turn_ids=batch.get("turn_ids"),
+            output_hidden_states=True,
+        )
+        row, position, token = language_targets(input_ids, batch["labels"], self._ignored)
+        logits = model.lm_logits(language.hidden_BLC[row, position])
+        terms = {"language": self.lm_weight * language_loss(logits, token, counts["tokens"])}
+        assert language.all_hidden is not None and language.image_tokens is not None
+        phrases = language.phrases
+        hidden = [h[phrases.row[:, None], phrases.queries] for h in language.all_hidden[-self.num_layers :]]
+        terms |= self.query_head(hidden, batch["target_boxes"], batch["target_valid"], counts)
+        merge = model.config.vlm_config.vision_config.spatial_merge_size
+        grid = batch["image_grid_thw"]
+        assert bool((grid == grid[:1]).all()), "pretraining images are of one size"
+        height, width = (grid[0, 1:] // merge).tolist()
+        cells = language.hidden_BLC[language.image_tokens].view(len(input_ids), height, width, -1)
+        labels, boxes = cell_targets(
+            batch["object_map"], batch["object_attributes"], batch["object_boxes"], (height, width)
+        )
+        terms["image_cells"] = self.image_head(cells, labels, boxes, counts["cells"].clamp(min=1))
+        return terms

@@ -1,0 +1,70 @@
+"""Train InstructSAM.
+
+    python -m instructsam.train                                    # the tiny world on a CPU, from scratch
+    python -m instructsam.train experiment=tiny_detector           # the quickstart's three runs, one after the other
+    python -m instructsam.train experiment=tiny_vlm
+    python -m instructsam.train experiment=tiny_world
+    accelerate launch --num_processes 8 -m instructsam.train ...   # many GPUs
+    python -m instructsam.train debug=limit                        # two steps of everything
+
+The same command again continues a run that was interrupted. Settings: `configs/train.yaml` and what it names.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import hydra
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+CONFIGS = str(Path(__file__).resolve().parents[1] / "configs")
+
+
+def train(settings: dict[str, Any]) -> dict[str, Any]:
+    """Run one training as configured; returns the trainer's summary. See `training.trainer.Trainer.run`."""
+    from instructsam.training.build import build_task
+    from instructsam.training.optim import OptimConfig
+    from instructsam.training.trainer import Trainer, TrainerConfig
+
+    if settings["threads"]:
+        torch.set_num_threads(settings["threads"])
+    task = build_task(settings)
+    config = TrainerConfig.from_dict({**settings["trainer"], "seed": settings["seed"], "output_dir": settings["output_dir"]})
+    evaluate = None
+    if config.eval_every:
+        from instructsam.training.evaluating import periodic_evaluation
+
+        evaluate = periodic_evaluation(task, settings)
+    fingerprint = {key: settings[key] for key in ("model", "data", "objective")}
+    optim = OptimConfig.from_dict(settings["optim"])
+    trainer = Trainer(config, task.objective, task.dataset, task.collate, optim, evaluate, fingerprint)
+    summary = trainer.run()
+    if summary["status"] != "interrupted" and trainer.accelerator.is_main_process:
+        folder = Path(settings["output_dir"]) / "checkpoint"
+        task.model.save_pretrained(folder)
+        task.processor.save_pretrained(folder)
+        print(f"model saved to {folder}")
+    return summary
+
+
+@hydra.main(config_path=CONFIGS, config_name="train", version_base="1.3")
+def main(config: DictConfig) -> None:
+    settings = OmegaConf.to_container(config, resolve=True)
+    assert isinstance(settings, dict)
+    if int(os.environ.get("RANK", 0)) == 0:
+        Path(settings["output_dir"]).mkdir(parents=True, exist_ok=True)
+        OmegaConf.save(OmegaConf.create(settings), Path(settings["output_dir"]) / "config.yaml")
+    try:
+        summary = train(settings)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    if summary["status"] == "interrupted":
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,39 @@
+"""Evaluation during training: a few held-out instructions, their figures and a gallery of truth beside prediction."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from instructsam.data.coco_instructions import read_coco_instructions
+from instructsam.evaluation.gallery import write_gallery
+from instructsam.evaluation.metrics import evaluate_records
+from instructsam.evaluation.runner import flatten, predict
+from instructsam.predictor import Predictor
+from instructsam.training.build import Task
+
+KEYS = ("mAP", "AP50", "giou", "ciou", "n_acc", "duplicate_rate", "count_error", "phrase_accuracy")
+
+
+def periodic_evaluation(task: Task, settings: Mapping[str, Any]) -> Callable[[int], dict[str, float]]:
+    """The trainer's ``evaluate``: step → figures; pictures go to OUTPUT_DIR/samples/step_N.png.
+
+    Args:
+        settings: the training configuration; ``evaluation`` holds num_instructions, threshold, batch_size, gallery_rows.
+    """
+    options, data = settings["evaluation"], settings["data"]
+    items = flatten(read_coco_instructions(data["root"], data["val_split"]), options["num_instructions"])
+
+    def evaluate(step: int) -> dict[str, float]:
+        was_training = task.model.training
+        predictor = Predictor(task.model, task.processor)
+        records = predict(predictor, items, options["threshold"], options["batch_size"], progress=False)
+        task.model.train(was_training)
+        folder = Path(settings["output_dir"]) / "samples"
+        folder.mkdir(parents=True, exist_ok=True)
+        write_gallery(records, folder / f"step_{step:06d}.png", options["gallery_rows"])
+        figures = evaluate_records(records)["overall"]
+        return {key: figures[key] for key in KEYS if figures.get(key) is not None}
+
+    return evaluate
