@@ -14,6 +14,9 @@ from pycocotools import mask as coco
 
 from instructsam import masks
 
+# pycocotools' own decoder, used for comparison here, is not quite up to NumPy 2.
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+
 quick = settings(deadline=None, max_examples=60)
 
 SIZES = st.tuples(st.integers(1, 12), st.integers(1, 12))
@@ -213,6 +216,22 @@ def test_malformed_codes_are_named(rle, reason):
     for function in (masks.decode, masks.area, masks.bbox):
         with pytest.raises(ValueError, match=re.escape(reason)):
             function(rle)
+
+
+def test_many_codes_are_checked_in_chunks(monkeypatch):
+    stack = np.random.default_rng(2).random((9, 6, 5)) < 0.5
+    rles = masks.encode_batch(stack)
+    for chunk in (1, 25, 60):
+        monkeypatch.setattr(masks, "_CHUNK_CHARS", chunk)
+        assert (
+            masks.check_rles([{**rle, "counts": plain_counts(mask)} for rle, mask in zip(rles, stack, strict=True)])
+            == rles
+        )
+        broken = [*rles[:7], {"size": [6, 5], "counts": "1"}, rles[8]]
+        with pytest.raises(ValueError, match=r"^rles\[7\]: counts sum to 1"):
+            masks.check_rles(broken)
+        with pytest.raises(ValueError, match="^the eighth: counts sum to 1"):
+            masks.check_rles(broken, what=lambda index: {7: "the eighth"}[index])
 
 
 def test_size_must_be_the_image_s():

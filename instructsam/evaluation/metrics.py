@@ -92,7 +92,7 @@ def evaluate_records(
         "by_count": {group: summarise(members) for group, members in by_count.items() if members},
         "conventions": {
             **CONVENTIONS,
-            "kept": "score > score_threshold; all that the records list if that is null",
+            "kept": "score > score_threshold; all that the records list if that is none",
             "score_threshold": score_threshold,
             "min_area": min_area,
         },
@@ -154,7 +154,7 @@ def _measure(
 
 
 def _overlap(kept: list[RLE], instances: RecordMasks, height: int, width: int, min_area: int) -> tuple[int, int, bool]:
-    """Intersection and union of both sides' unions in pixels (not the ignored ones); whether the prediction is empty."""
+    """Intersection and union of the two sides in pixels, without ignored ones; and whether the prediction is empty."""
     ignored = instances.ignored
     kept_union = masks.union([*kept, *ignored], height, width, checked=True)
     truth_union = masks.union([*instances.truths, *ignored], height, width, checked=True)

@@ -109,11 +109,10 @@ def count_targets(targets: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def soft_class_targets(sums: MaskSums, matches: Matches, floor: float) -> Tensor:
-    """Class targets (P, N): max(dice score, floor) of matched queries on full masks, 0 for the rest."""
-    score_M = sums.dice_score(SOFT_TARGET_EPS)[matches.phrase_M, matches.query_M, matches.target_M]
-    targets_PN = torch.zeros_like(sums.pred_area_PN)
-    targets_PN[matches.phrase_M, matches.query_M] = score_M.clamp(min=floor)
+def soft_class_targets(pred_logits_PN: Tensor, matches: Matches, sums_M: MaskSums, floor: float) -> Tensor:
+    """Class targets (P, N) float32: max(dice score, floor) of matched queries on full masks, 0 for the rest."""
+    targets_PN = torch.zeros_like(pred_logits_PN, dtype=torch.float32)
+    targets_PN[matches.phrase_M, matches.query_M] = sums_M.dice_score(SOFT_TARGET_EPS).clamp(min=floor)
     return targets_PN
 
 
@@ -167,15 +166,14 @@ class SetCriterion(nn.Module):
             self._check(layer, targets)
 
         with torch.autocast(outputs.pred_masks.device.type, enabled=False):
-            masks_PGHW = targets["target_masks"].float()
-            sums = [mask_sums(layer.pred_masks, masks_PGHW) for layer in layers]
+            sums = [mask_sums(layer.pred_masks, targets["target_masks"]) for layer in layers]
             costs = [self._cost(s, layer) for s, layer in zip(sums, layers, strict=True)]
             if cost_bias is not None:
                 costs = [cost + cost_bias for cost in costs]
             matches = assign(costs, targets["target_valid"])
             terms: dict[str, Tensor] = {}
             for index, (layer, layer_sums, pairs) in enumerate(zip(layers, sums, matches, strict=True)):
-                found = self._layer_terms(layer, layer_sums, pairs, targets, counts, generator)
+                found = self._layer_terms(layer, layer_sums.at(pairs), pairs, targets, counts, generator)
                 for name, value in found.items():
                     if index == 0:
                         terms[name] = value
@@ -199,7 +197,7 @@ class SetCriterion(nn.Module):
     def _layer_terms(
         self,
         layer: Detections,
-        sums: MaskSums,
+        sums_M: MaskSums,
         pairs: Matches,
         targets: Mapping[str, Any],
         counts: Mapping[str, Tensor | float],
@@ -218,8 +216,9 @@ class SetCriterion(nn.Module):
             None if box_only_P is None else box_only_P[phrase],
             config.points,
             generator,
+            sums_M,
         )
-        soft_PN = soft_class_targets(sums, pairs, config.min_soft_target)
+        soft_PN = soft_class_targets(logits_PN, pairs, sums_M, config.min_soft_target)
         class_PN = F.binary_cross_entropy_with_logits(logits_PN, soft_PN, reduction="none")
         terms = {
             "mask_bce": config.mask_bce * masks.bce_M.sum() / per_pair,

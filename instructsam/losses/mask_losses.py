@@ -9,10 +9,14 @@ Shape suffixes: M matched pairs, H W pixels, K pixels or sampled points.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from instructsam.losses.matching import MaskSums, mask_sums
 
 DICE_EPS = 1.0
 
@@ -50,9 +54,46 @@ def resize_masks(masks_KHW: Tensor, size: tuple[int, int]) -> Tensor:
     return resized.to(masks_KHW.dtype)
 
 
-def bce_per_pair(logits_MK: Tensor, targets_MK: Tensor) -> Tensor:
-    """Mean binary cross-entropy with logits of every pair, (M,)."""
-    return F.binary_cross_entropy_with_logits(logits_MK, targets_MK, reduction="none").mean(-1)
+class _PairLosses(torch.autograd.Function):
+    """Mean cross-entropy and dice loss of pairs whose sums are known, with the gradient written out.
+
+    The matching has computed every sum already, so that the forward pass touches no pixel; the backward pass keeps
+    nothing but the logits (in their own dtype) and the masks, and builds the gradient in one go.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits_MK: Tensor, targets_MK: Tensor, overlap_M: Tensor, area_M: Tensor, bce_M: Tensor):
+        ctx.save_for_backward(logits_MK, targets_MK, overlap_M, area_M)
+        return bce_M.clone(), 1 - (2 * overlap_M + DICE_EPS) / (area_M + DICE_EPS)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_bce_M: Tensor, grad_dice_M: Tensor):
+        logits_MK, targets_MK, overlap_M, area_M = ctx.saved_tensors
+        probs, targets = logits_MK.float().sigmoid(), targets_MK.float()
+        total = area_M + DICE_EPS
+        # bce: (p − m) / K. dice = 1 − (2 Σpm + eps) / total: d/dp = (2 Σpm + eps) / total² − 2 m / total.
+        grad = (probs - targets).mul_((grad_bce_M / logits_MK.shape[1])[:, None])
+        constant = grad_dice_M * (2 * overlap_M + DICE_EPS) / total**2
+        by_target = grad_dice_M * -2 / total
+        per_prob = (targets * by_target[:, None]).add_(constant[:, None])
+        grad.addcmul_(per_prob, probs * (1 - probs))
+        return grad.to(logits_MK.dtype), None, None, None, None
+
+
+def bce_and_dice(logits_MK: Tensor, targets_MK: Tensor, sums_M: MaskSums | None = None) -> tuple[Tensor, Tensor]:
+    """Mean binary cross-entropy with logits, and dice loss (eps 1), of every pair: (M,) float32 each.
+
+    Args:
+        logits_MK: logits, any float dtype.
+        targets_MK: bool, or floats in 0…1 without gradient.
+        sums_M: their sums where they are known (from the matching); computed if None.
+    """
+    if sums_M is None:
+        sums = mask_sums(logits_MK[:, None], targets_MK[:, None])
+        sums_M = MaskSums(sums.overlap.flatten(), sums.area.flatten(), sums.bce.flatten())
+    bce_M, dice_M = _PairLosses.apply(logits_MK, targets_MK, sums_M.overlap, sums_M.area, sums_M.bce)
+    return bce_M, dice_M
 
 
 def dice_loss(probs_MK: Tensor, targets_MK: Tensor, eps: float = DICE_EPS) -> Tensor:
@@ -122,6 +163,7 @@ def mask_losses(
     box_only_M: Tensor | None = None,
     sampling: PointSampling | None = None,
     generator: torch.Generator | None = None,
+    sums_M: MaskSums | None = None,
 ) -> PairLosses:
     """Mask losses of matched pairs.
 
@@ -131,21 +173,20 @@ def mask_losses(
         box_only_M: bool; such pairs have only the projection loss (always on all pixels), the others bce and dice.
         sampling: points instead of all pixels; None is all pixels.
         generator: source of the points.
+        sums_M: the pairs' sums over all pixels where they are known; they spare the forward pass its pixel work.
     """
     with torch.autocast(logits_MHW.device.type, enabled=False):
-        logits, targets = logits_MHW.float(), targets_MHW.float()
         if sampling is None or sampling.num_points == 0:
-            logits_MK, targets_MK = logits.flatten(1), targets.flatten(1)
+            bce, dice = bce_and_dice(logits_MHW.flatten(1), targets_MHW.flatten(1), sums_M)
         else:
+            logits = logits_MHW.float()
             points = sample_points(logits, sampling, generator)
-            logits_MK, targets_MK = sample_at(logits, points), sample_at(targets, points)
-        bce = bce_per_pair(logits_MK, targets_MK)
-        dice = dice_loss(logits_MK.sigmoid(), targets_MK)
+            bce, dice = bce_and_dice(sample_at(logits, points), sample_at(targets_MHW.float(), points))
         zero = torch.zeros_like(bce)
         if box_only_M is None:
             return PairLosses(bce, dice, zero)
         # Selection by where, not by indexing: no wait for the device to know how many pairs are box-only.
-        projection = projection_loss(logits, targets)
+        projection = projection_loss(logits_MHW, targets_MHW)
         return PairLosses(
             torch.where(box_only_M, zero, bce),
             torch.where(box_only_M, zero, dice),

@@ -1,8 +1,8 @@
 """One-to-one matching of instance queries to ground-truth masks (DESIGN section 6, "Matching").
 
 The pixel sums that the cost needs (intersections, areas, softplus means) come from batched matrix products over all
-phrases at once and are kept: the class loss takes its soft targets from the same sums. Only the assignment itself runs
-on the host, after a single transfer for all phrases and decoder layers.
+phrases at once and are kept: mask and class losses are read off the same sums. Only the assignment itself runs on the
+host, after a single transfer for all phrases and decoder layers.
 
 Shape suffixes: P phrases, N queries, G ground truths, H W pixels, M matched pairs.
 """
@@ -24,6 +24,9 @@ COST_BCE = 2.0
 COST_CLASS = 1.0
 COST_DICE_EPS = 1e-3
 
+# Logits worked on at once by `mask_sums`: about a core's cache on a CPU, a bound on memory elsewhere.
+CHUNK_LOGITS = {"cpu": 2**20, "other": 2**26}
+
 
 class Matches(NamedTuple):
     """Matched pairs, ordered by phrase and then by query: three (M,) int64 tensors."""
@@ -35,46 +38,60 @@ class Matches(NamedTuple):
 
 @dataclass(frozen=True)
 class MaskSums:
-    """Pixel sums over every (query, ground truth) pair of every phrase; float32, without gradient.
+    """Pixel sums over pairs of a predicted and a ground-truth mask; float32, without gradient, all of one shape.
 
     Attributes:
-        intersection_PNG: Σ p·m with p = sigmoid(mask logit).
-        bce_PNG: mean over pixels of the binary cross-entropy with logits.
-        pred_area_PN: Σ p.
-        target_area_PG: Σ m.
+        overlap: Σ p·m with p = sigmoid(mask logit).
+        area: Σ p + Σ m.
+        bce: mean over pixels of the binary cross-entropy with logits.
     """
 
-    intersection_PNG: Tensor
-    bce_PNG: Tensor
-    pred_area_PN: Tensor
-    target_area_PG: Tensor
+    overlap: Tensor
+    area: Tensor
+    bce: Tensor
 
     def dice_score(self, eps: float) -> Tensor:
-        """(2 Σ p·m + eps) / (Σ p + Σ m + eps), shape (P, N, G)."""
-        areas_PNG = self.pred_area_PN[:, :, None] + self.target_area_PG[:, None, :]
-        return (2 * self.intersection_PNG + eps) / (areas_PNG + eps)
+        """(2 Σ p·m + eps) / (Σ p + Σ m + eps), the shape of the sums."""
+        return (2 * self.overlap + eps) / (self.area + eps)
+
+    def at(self, matches: Matches) -> MaskSums:
+        """Sums (M,) of the matched pairs, where these are (P, N, G)."""
+        return MaskSums(self.overlap[matches], self.area[matches], self.bce[matches])
 
 
 @torch.no_grad()
-def mask_sums(pred_masks_PNHW: Tensor, target_masks_PGHW: Tensor) -> MaskSums:
-    """Pixel sums of all pairs by two batched products; bce(n, g) = mean softplus(x) − Σ x·m / HW.
+def mask_sums(pred_masks_PNX: Tensor, target_masks_PGX: Tensor) -> MaskSums:
+    """Sums (P, N, G) of all pairs, by batched products over pixels X.
+
+    The cross-entropy is softplus(−|x|) + max(x, 0)·(1 − m) + max(−x, 0)·m, whose last two terms are products.
 
     Args:
-        pred_masks_PNHW: mask logits, any float dtype.
-        target_masks_PGHW: masks, bool or 0/1 floats; G may be 0.
+        pred_masks_PNX: mask logits (P, N, …) of any float dtype; all dimensions from the third on are pixels.
+        target_masks_PGX: masks (P, G, …), bool or in 0…1; G may be 0.
 
     The products are float32 also under autocast; where TF32 is allowed for matrix products it applies here too (the
     targets are exact in it, the logits keep three digits).
     """
-    with torch.autocast(pred_masks_PNHW.device.type, enabled=False):
-        logits = pred_masks_PNHW.float().flatten(2)
-        targets = target_masks_PGHW.float().flatten(2)
-        # A product with 0 ground truths or 0 phrases is legal and yields empty tensors.
-        dot = torch.einsum("pnx,pgx->png", logits, targets)
-        bce = F.softplus(logits).mean(-1)[:, :, None] - dot / logits.shape[-1]
-        probs = logits.sigmoid()
-        intersection = torch.einsum("pnx,pgx->png", probs, targets)
-        return MaskSums(intersection, bce, probs.sum(-1), targets.sum(-1))
+    device = pred_masks_PNX.device.type
+    limit = CHUNK_LOGITS.get(device, CHUNK_LOGITS["other"])
+    step = max(1, limit // max(pred_masks_PNX[:1].numel(), 1))
+    with torch.autocast(device, enabled=False):
+        parts = zip(pred_masks_PNX.split(step), target_masks_PGX.split(step), strict=True)
+        overlap, area, bce = zip(*(_sums(masks, truth) for masks, truth in parts), strict=True)
+        return MaskSums(torch.cat(overlap), torch.cat(area), torch.cat(bce))
+
+
+def _sums(pred_masks_PNX: Tensor, target_masks_PGX: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    logits, targets = pred_masks_PNX.float().flatten(2), target_masks_PGX.float().flatten(2)
+    # A product with 0 ground truths or 0 phrases is legal and yields empty tensors. Only non-negative numbers are added:
+    # mean softplus(x) − Σ x·m / X would lose the small losses of confident logits to cancellation.
+    positive = logits.clamp(min=0)
+    wrong = torch.einsum("pnx,pgx->png", positive, 1 - targets)
+    wrong += torch.einsum("pnx,pgx->png", positive - logits, targets)
+    bce = F.softplus(-logits.abs()).mean(-1)[:, :, None] + wrong / logits.shape[-1]
+    probs = logits.sigmoid()
+    overlap = torch.einsum("pnx,pgx->png", probs, targets)
+    return overlap, probs.sum(-1)[:, :, None] + targets.sum(-1)[:, None, :], bce
 
 
 @torch.no_grad()
@@ -87,9 +104,7 @@ def matching_cost(
 ) -> Tensor:
     """Cost (P, N, G), float32: 0.5·dice + 2·bce + softplus(−logit) with the release's weights (DESIGN section 6)."""
     dice = 1 - sums.dice_score(COST_DICE_EPS)
-    return (
-        dice_weight * dice + bce_weight * sums.bce_PNG + class_weight * F.softplus(-pred_logits_PN.float())[..., None]
-    )
+    return dice_weight * dice + bce_weight * sums.bce + class_weight * F.softplus(-pred_logits_PN.float())[..., None]
 
 
 def assign(costs: Sequence[Tensor], target_valid_PG: Tensor) -> list[Matches]:

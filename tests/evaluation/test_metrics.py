@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -28,11 +30,13 @@ def strip(start: int, stop: int) -> masks.RLE:
 EMPTY = masks.empty_rle(HEIGHT, WIDTH)
 
 
-def record(truths: list, predictions: list = (), scores: list | None = None, **rest: Any) -> dict[str, Any]:
+_numbers = itertools.count()
+
+
+def record(truths: list, predictions: Sequence = (), scores: list | None = None, **rest: Any) -> dict[str, Any]:
     scores = [0.9 - 0.1 * index for index in range(len(predictions))] if scores is None else scores
-    record.number += 1
     return {
-        "id": f"r{record.number}",
+        "id": f"r{next(_numbers)}",
         "height": HEIGHT,
         "width": WIDTH,
         "gt_rles": list(truths),
@@ -40,9 +44,6 @@ def record(truths: list, predictions: list = (), scores: list | None = None, **r
         "pred_scores": scores,
         **rest,
     }
-
-
-record.number = 0
 
 
 def overall(*records: dict[str, Any], **settings_: Any) -> dict[str, Any]:
@@ -215,8 +216,8 @@ def naive_average_precision(pool: list[tuple[float, int, int]], ious: list[np.nd
     flags = []
     for _, which, row in ranked:
         free = [g for g in range(ious[which].shape[1]) if (which, g) not in used]
-        best = max(free, key=lambda g: ious[which][row, g], default=None)
-        hit = best is not None and ious[which][row, best] >= threshold
+        best = max(free, key=lambda g: ious[which][row, g], default=-1)
+        hit = best >= 0 and ious[which][row, best] >= threshold
         if hit:
             used.add((which, best))
         flags.append(hit)
@@ -298,6 +299,7 @@ def test_the_threshold_leaves_average_precision_alone():
     assert figures["num_pred_instances"] == 3 and figures["num_kept_instances"] == 1
     assert figures["ciou"] == 0.5 and figures["count_error"] == 1 and figures["duplicate_rate"] == 0
     assert overall(one)["duplicate_rate"] == pytest.approx(1 / 3)
+    assert overall(one, score_threshold=0.2)["duplicate_rate"] == 0  # the duplicate itself is not kept
 
 
 # ---- groups -----------------------------------------------------------------------------------------------------

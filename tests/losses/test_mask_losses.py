@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from instructsam.losses.mask_losses import (
     PointSampling,
+    bce_and_dice,
     dice_loss,
     mask_losses,
     projection_loss,
@@ -43,6 +44,24 @@ def test_bce_and_dice_by_hand():
     assert losses.bce_M.item() == pytest.approx((2 * math.log(2) + 2 * math.log(4 / 3)) / 4)
     assert losses.dice_M.item() == pytest.approx(1 - (2 * 1.25 + 1) / (2.0 + 2.0 + 1))
     assert losses.projection_M.item() == 0
+
+
+def test_gradient_equals_autograd_of_the_plain_formulas():
+    logits, masks = pairs()
+    soft = torch.rand(3, 16 * 12, generator=torch.Generator().manual_seed(9))
+    for targets in (masks.flatten(1), soft):
+        mine = (logits.flatten(1) * 3).requires_grad_()
+        plain = mine.detach().double().requires_grad_()
+        weights = torch.tensor([[1.0, 0.5, 0.0], [0.0, 2.0, 0.3]])
+        bce, dice = bce_and_dice(mine, targets)
+        (weights[0] @ bce + weights[1] @ dice).backward()
+        truth = targets.double()
+        plain_bce = F.binary_cross_entropy_with_logits(plain, truth, reduction="none").mean(1)
+        plain_dice = dice_loss(plain.sigmoid(), truth)
+        (weights[0].double() @ plain_bce + weights[1].double() @ plain_dice).backward()
+        torch.testing.assert_close(bce, plain_bce.float())
+        torch.testing.assert_close(dice, plain_dice.float())
+        torch.testing.assert_close(mine.grad, plain.grad.float(), rtol=1e-4, atol=1e-8)
 
 
 def test_projection_by_hand():
@@ -150,6 +169,9 @@ def test_bf16_logits_are_computed_in_float32():
     exact = mask_losses(logits.bfloat16().float(), masks)
     assert coarse.bce_M.dtype == torch.float32
     assert torch.equal(coarse.bce_M, exact.bce_M) and torch.equal(coarse.dice_M, exact.dice_M)
+    leaf = logits.bfloat16().requires_grad_()
+    mask_losses(leaf, masks).dice_M.sum().backward()
+    assert leaf.grad.dtype == torch.bfloat16 and leaf.grad.any()
 
 
 def test_dice_of_empty_prediction_and_empty_truth_is_zero():

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from instructsam.losses import matching
 from instructsam.losses.matching import assign, mask_sums, match, matching_cost
 
 quick = settings(deadline=None, max_examples=40)
@@ -42,7 +43,23 @@ def test_cost_survives_extreme_logits_and_stays_exact_for_bf16():
     assert cost.dtype == torch.float32 and cost.isfinite().all()
     truth = target_masks[0, 1].float()
     bce = F.binary_cross_entropy_with_logits(coarse[0, 2].float(), truth)
-    assert mask_sums(coarse, target_masks).bce_PNG[0, 2, 1].item() == pytest.approx(bce.item(), rel=1e-5)
+    assert mask_sums(coarse, target_masks).bce[0, 2, 1].item() == pytest.approx(bce.item(), rel=1e-5)
+
+
+def test_cross_entropy_of_confident_logits_keeps_its_digits():
+    truth = torch.rand(1, 1, 40, 40, generator=torch.Generator().manual_seed(0)) > 0.5
+    logits = torch.where(truth, 11.0, -12.0)
+    expected = F.binary_cross_entropy_with_logits(logits.double(), truth.double())
+    assert mask_sums(logits, truth).bce.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_chunks_of_phrases_do_not_matter(monkeypatch):
+    pred_masks, _, target_masks, _ = scene(phrases=5)
+    whole = mask_sums(pred_masks, target_masks)
+    monkeypatch.setitem(matching.CHUNK_LOGITS, "cpu", 2 * 4 * 6 * 7)
+    parts = mask_sums(pred_masks, target_masks)
+    for name in ("overlap", "area", "bce"):
+        torch.testing.assert_close(getattr(parts, name), getattr(whole, name))
 
 
 def test_autocast_does_not_lower_the_precision_of_the_cost():

@@ -6,7 +6,6 @@ import argparse
 import json
 import os
 import signal
-import sys
 
 import torch
 from torch import nn
@@ -46,7 +45,7 @@ def collate(items: list[dict]) -> dict:
 
 
 class ToyObjective(nn.Module):
-    """Squared error over all samples plus absolute error over the rare ones; `at_step` is called before each batch is counted."""
+    """Squared error over all samples plus absolute error over the rare ones; calls `at_step` as a step begins."""
 
     def __init__(self, dropout: float = 0.0, accumulation: int = 1, at_step=None) -> None:
         super().__init__()
@@ -123,4 +122,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

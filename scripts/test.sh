@@ -1,0 +1,52 @@
+#!/usr/bin/env bash
+# Everything a change must pass: style, types and the tests, in a virtual environment of its own (.venv-test).
+#
+#   scripts/test.sh                    all of it
+#   scripts/test.sh -m "not slow"      further arguments go to pytest
+#   PYTHON=python3.12 scripts/test.sh  another interpreter
+#
+# The environment is built anew when pyproject.toml, constraints.txt or the interpreter changes, and reused otherwise.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+interpreter="${PYTHON:-python3}"
+environment=.venv-test
+stamp="$environment/installed-for"
+python="$PWD/$environment/bin/python"
+
+"$interpreter" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || {
+    echo "$interpreter is older than Python 3.10; name another one: PYTHON=python3.11 $0" >&2
+    exit 2
+}
+
+# One thread a process: several that share a few cores spin against each other and are many times slower.
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" TOKENIZERS_PARALLELISM=false
+# No test may need a network.
+export HF_HUB_OFFLINE=1 WANDB_MODE=offline
+
+wanted="$("$interpreter" - pyproject.toml constraints.txt <<'PY'
+import hashlib, pathlib, sys
+contents = b"".join(pathlib.Path(name).read_bytes() for name in sys.argv[1:])
+print(hashlib.sha256(contents + sys.version.encode()).hexdigest())
+PY
+)"
+echo "== environment"
+if [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ]; then
+    echo "$environment is up to date"
+else
+    echo "installing into $environment, which takes a few minutes"
+    rm -rf "$environment"
+    "$interpreter" -m venv "$environment"
+    torch="$(grep -E '^torch==' constraints.txt)"
+    "$python" -m pip install --quiet -c constraints.txt "$torch" # by itself first, as the largest part
+    "$python" -m pip install --quiet -c constraints.txt -e ".[dev,lora,tracking]"
+    echo "$wanted" >"$stamp"
+fi
+"$python" --version
+
+failed=0
+PYTHON="$python" scripts/check.sh || failed=1
+echo "== pytest"
+"$python" -m pytest "$@" || failed=1
+if [ "$failed" = 0 ]; then echo "== all passed"; else echo "== FAILED, see above"; fi
+exit "$failed"

@@ -1,0 +1,172 @@
+"""Decoding equals teacher forcing, and a batch equals its rows one by one (DESIGN section 7)."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from golden_model import load_golden
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from instructsam.models.attention_mask import VARIANTS
+from instructsam.models.decoding import decode
+
+TOLERANCE = 1e-4
+
+
+def close(actual, expected):
+    scale = expected.abs().max().clamp(min=1e-6)
+    assert float((actual - expected).abs().max() / scale) < TOLERANCE
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    from conftest import GOLDEN_ROOT
+
+    return load_golden(GOLDEN_ROOT / "a")
+
+
+def prompts(tensors, meta, seed: int):
+    """Two prompts of different length about the fixture's two images (the second cut short by a random number of words)."""
+    ids = meta["tokens"]
+    generator = torch.Generator().manual_seed(seed)
+    starts = [(row != -100).nonzero()[0].item() for row in tensors["labels"]]
+    # The fixture's prompts lack the end of the user's turn, by which rules know where the prompt ends.
+    rows = [torch.cat([tensors["input_ids"][b, : starts[b]], torch.tensor([ids["eos"], 40])]) for b in range(2)]
+    extra = torch.randint(10, 200, (int(torch.randint(0, 5, (1,), generator=generator)),), generator=generator)
+    rows[1] = torch.cat([rows[1], extra])
+    length = max(map(len, rows))
+    input_ids = torch.full((2, length), ids["pad"])
+    for b, row in enumerate(rows):
+        input_ids[b, : len(row)] = row
+    mask = torch.arange(length) < torch.tensor([[len(row)] for row in rows])
+    return input_ids, mask
+
+
+def scripted(meta, seed: int, rows: list[int]):
+    """A chooser that writes random answers: words, phrases of random length, broken markup, an early end for some."""
+    ids = meta["tokens"]
+    plans = []
+    for row in rows:
+        generator = torch.Generator().manual_seed(1000 * seed + row)
+
+        def draw(low, high, generator=generator):
+            return int(torch.randint(low, high, (1,), generator=generator))
+
+        plan = []
+        for _ in range(draw(0, 4)):
+            plan += [draw(10, 200) for _ in range(draw(0, 3))]
+            plan += [ids["ref_start"], *[draw(10, 200) for _ in range(draw(0, 4))], ids["ref_end"]]
+        if draw(0, 4) == 0:
+            plan.append(ids["ref_end"])
+        plans.append([*plan, ids["eos"]])
+
+    def choose(step, logits):
+        assert torch.isneginf(logits[:, ids["seg"]]).all(), "a query token must never be written as text"
+        return torch.tensor([plan[min(step, len(plan) - 1)] for plan in plans])
+
+    return choose
+
+
+def run(model, tensors, meta, seed, rows):
+    input_ids, mask = prompts(tensors, meta, seed)
+    grid = tensors["image_grid_thw"]
+    patches = tensors["pixel_values"].split(grid.prod(-1).tolist())
+    input_ids, mask = input_ids[rows], mask[rows]
+    length = int(mask.sum(-1).max())
+    pixel_values = torch.cat([patches[row] for row in rows])
+    decoded = decode(
+        model,
+        input_ids[:, :length],
+        mask[:, :length],
+        pixel_values,
+        grid[rows],
+        choose=scripted(meta, seed, rows),
+    )
+    return decoded, pixel_values, grid[rows]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@given(seed=st.integers(0, 10_000))
+@settings(deadline=None, max_examples=6, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@torch.no_grad()
+def test_decoding_equals_teacher_forcing(tiny, variant, seed):
+    model, meta, tensors = tiny
+    model.config.attention_variant = variant
+    decoded, pixel_values, grid = run(model, tensors, meta, seed, [0, 1])
+    forced = model.run_language_model(decoded.input_ids, decoded.attention_mask, pixel_values, grid)
+    valid = decoded.attention_mask
+    close(decoded.language.hidden_BLC[valid], forced.hidden_BLC[valid])
+    assert torch.equal(decoded.language.phrases.queries, forced.phrases.queries)
+    if len(forced.phrases):
+        features = model.detector.encode_image(tensors["detector_pixel_values"])
+        ours = model.detect(features, model.bridge(decoded.input_ids, decoded.language))
+        theirs = model.detect(features, model.bridge(decoded.input_ids, forced))
+        close(ours.pred_masks, theirs.pred_masks)
+        close(ours.pred_logits, theirs.pred_logits)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@given(seed=st.integers(0, 10_000))
+@settings(deadline=None, max_examples=6, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@torch.no_grad()
+def test_a_batch_equals_its_rows(tiny, variant, seed):
+    model, meta, tensors = tiny
+    model.config.attention_variant = variant
+    together, _, _ = run(model, tensors, meta, seed, [0, 1])
+    for row in (0, 1):
+        alone, _, _ = run(model, tensors, meta, seed, [row])
+        valid = together.attention_mask[row]
+        assert torch.equal(together.input_ids[row, valid], alone.input_ids[0, alone.attention_mask[0]])
+        close(together.language.hidden_BLC[row, valid], alone.language.hidden_BLC[0, alone.attention_mask[0]])
+
+
+@torch.no_grad()
+def test_greedy_decoding_stops_at_the_limits(tiny):
+    model, meta, tensors = tiny
+    model.config.attention_variant = "hybrid"
+    input_ids, mask = prompts(tensors, meta, 0)
+    ids = meta["tokens"]
+
+    def only_phrases(step, logits):
+        wanted = [ids["ref_start"], 20, ids["ref_end"]][step % 3]
+        return torch.where(torch.isneginf(logits[:, wanted]), ids["eos"], wanted)
+
+    args = (model, input_ids, mask, tensors["pixel_values"], tensors["image_grid_thw"])
+    decoded = decode(*args, max_new_tokens=30, max_phrases=2, choose=only_phrases)
+    assert len(decoded.language.phrases) == 4
+    assert bool(decoded.finished.all())
+    cut = decode(*args, max_new_tokens=4, choose=only_phrases)
+    assert not bool(cut.finished.any())
+    with pytest.raises(ValueError, match="max_new_tokens=0"):
+        decode(*args, max_new_tokens=0)
+
+
+@torch.no_grad()
+def test_independent_turns_equal_single_turns(tiny):
+    """Turns that share an image in one sequence give the hidden states of each turn on its own."""
+    model, meta, tensors = tiny
+    model.config.attention_variant = "hybrid"
+    ids = meta["tokens"]
+    n = meta["num_queries"]
+    start = int((tensors["labels"][0] != -100).nonzero()[0])
+    image_end = int((tensors["input_ids"][0] == ids["vend"]).nonzero()[0]) + 1
+    prefix = tensors["input_ids"][0, :image_end]
+    block = [ids["mask_start"], *[ids["seg"]] * n, ids["mask_end"]]
+    turns = [
+        torch.tensor([30, 31, ids["eos"], 40, ids["ref_start"], 50, ids["ref_end"], *block, ids["eos"]]),
+        torch.tensor([32, ids["eos"], 40, ids["ref_start"], 51, 52, ids["ref_end"], *block, ids["eos"]]),
+    ]
+    packed = torch.cat([prefix, *turns])[None]
+    turn_ids = torch.cat([torch.zeros(len(prefix))] + [torch.full((len(t),), k + 1.0) for k, t in enumerate(turns)])
+    patches = int(tensors["image_grid_thw"][0].prod())
+    vision = (tensors["pixel_values"][:patches], tensors["image_grid_thw"][:1])
+    ones = torch.ones_like(packed, dtype=torch.bool)
+    together = model.run_language_model(packed, ones, *vision, turn_ids=turn_ids.long()[None])
+    offset = len(prefix)
+    for turn in turns:
+        single = torch.cat([prefix, turn])[None]
+        alone = model.run_language_model(single, torch.ones_like(single, dtype=torch.bool), *vision)
+        close(together.hidden_BLC[0, offset : offset + len(turn)], alone.hidden_BLC[0, len(prefix) :])
+        offset += len(turn)
+    assert start > image_end
