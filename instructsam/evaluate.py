@@ -3,8 +3,8 @@
     python -m instructsam.evaluate checkpoint=outputs/quickstart/checkpoint
     python -m instructsam.evaluate checkpoint=DIR data.root=DIR data.val_split=val limit=200 query_reliance=false
 
-Writes metrics.json, report.md, gallery.png and predictions.jsonl to `output_dir` (default: CHECKPOINT/eval) and prints the
-table. Settings: `configs/eval.yaml`.
+Writes metrics.json, report.md, gallery.png and predictions.jsonl to `output_dir` (default: CHECKPOINT/eval) and prints
+the table. Settings: `configs/eval.yaml`.
 """
 
 from __future__ import annotations

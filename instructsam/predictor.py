@@ -67,7 +67,7 @@ class Predictor:
 
         Args:
             images: a path or PIL image, or a list of them.
-            instructions: one per image (one image with several instructions: repeat it). May be left out with `phrases`.
+            instructions: one per image, or several for one image. May be left out with `phrases`.
             phrases: per image the phrases of the answer; then nothing is generated and all runs in one forward pass.
             threshold: instances with score > threshold are kept.
             max_new_tokens, max_phrases: limits on the written answer.
@@ -145,9 +145,7 @@ class Predictor:
         """Detector and post-processing; `queries_PNC` stands in for the projected queries (query reliance)."""
         bridge = understanding.bridge
         if queries_PNC is not None:
-            bridge = BridgeOutput(
-                queries_PNC, bridge.phrase_features_PTC, bridge.phrase_mask_PT, bridge.phrase_image_P
-            )
+            bridge = BridgeOutput(queries_PNC, bridge.phrase_features_PTC, bridge.phrase_mask_PT, bridge.phrase_image_P)
         output = self.model.detect(understanding.features, bridge) if len(bridge.phrase_image_P) else None
         predictions, start = [], 0
         for answer, phrases, (height, width) in zip(
@@ -160,7 +158,12 @@ class Predictor:
                 if output.presence_logits is not None:
                     scores = scores * output.presence_logits[start:stop].float().sigmoid()
                 instances = self.processor.instances(
-                    output.pred_masks[start:stop], scores, output.pred_boxes[start:stop], phrases, (height, width), threshold
+                    output.pred_masks[start:stop],
+                    scores,
+                    output.pred_boxes[start:stop],
+                    phrases,
+                    (height, width),
+                    threshold,
                 )
             predictions.append(Prediction(answer, tuple(phrases), tuple(instances), height, width))
             start = stop

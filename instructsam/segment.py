@@ -74,7 +74,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m instructsam.segment", description="Segment one picture.")
     parser.add_argument("image", help="path of the picture")
     parser.add_argument("instruction", nargs="?", help="what to segment; may be left out with --phrase")
-    parser.add_argument("--phrase", action="append", default=[], help="segment this phrase, nothing is written (repeat)")
+    parser.add_argument(
+        "--phrase", action="append", default=[], help="segment this phrase, nothing is written (repeat)"
+    )
     parser.add_argument("--checkpoint", default=DEFAULT_CHECKPOINT, help=f"model folder (default {DEFAULT_CHECKPOINT})")
     parser.add_argument("--output", default="outputs/segment", help="folder for overlay and masks")
     parser.add_argument("--threshold", type=float, default=0.3, help="keep instances with a higher score")

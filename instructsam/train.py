@@ -33,7 +33,9 @@ def train(settings: dict[str, Any]) -> dict[str, Any]:
     if settings["threads"]:
         torch.set_num_threads(settings["threads"])
     task = build_task(settings)
-    config = TrainerConfig.from_dict({**settings["trainer"], "seed": settings["seed"], "output_dir": settings["output_dir"]})
+    config = TrainerConfig.from_dict(
+        {**settings["trainer"], "seed": settings["seed"], "output_dir": settings["output_dir"]}
+    )
     evaluate = None
     if config.eval_every:
         from instructsam.training.evaluating import periodic_evaluation

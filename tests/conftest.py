@@ -11,7 +11,7 @@ GOLDEN_ROOT = Path(__file__).parent / "golden"
 
 
 def golden_folders() -> list[Path]:
-    """Folders of golden figures: the committed ones, plus those of ``INSTRUCTSAM_GOLDEN`` (a folder of folders or one)."""
+    """Folders of golden figures: the committed ones, plus those of ``INSTRUCTSAM_GOLDEN`` (one, or a folder of them)."""
     roots = [GOLDEN_ROOT]
     if extra := os.environ.get("INSTRUCTSAM_GOLDEN"):
         roots.append(Path(extra))
@@ -28,3 +28,17 @@ def golden_folders() -> list[Path]:
 @pytest.fixture(params=golden_folders(), ids=lambda path: path.name)
 def golden(request) -> Path:
     return request.param
+
+
+from tiny_fixtures import checkpoint, world  # noqa: E402, F401  (fixtures)
+
+
+def pytest_collection_modifyitems(items):
+    """Tests that need a GPU are skipped where there is none."""
+    import torch
+
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="no GPU"))

@@ -420,7 +420,7 @@ RELATIONS: dict[str, tuple[Maker, ...]] = {
 }
 
 
-# --- helpers
+# --- small parts of the above
 
 
 def _describe(rng: random.Random, shape: Shape, fields: Iterable[str], extra: int) -> Noun:

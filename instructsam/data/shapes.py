@@ -215,10 +215,15 @@ def _place(rng: random.Random, wanted: list[dict[str, str]], image_size: int, sc
 
 def _fits(mask: np.ndarray, attributes: dict[str, str], wanted: list[dict[str, str]], spots: list[_Spot]) -> bool:
     """Whether a new shape on top leaves enough of the others and touches none that it would blend into."""
+    near = mask.copy()
+    near[1:] |= mask[:-1]
+    near[:-1] |= mask[1:]
+    near[:, 1:] |= mask[:, :-1]
+    near[:, :-1] |= mask[:, 1:]
     for spot, others in zip(spots, wanted, strict=False):
-        overlap = int(np.count_nonzero(spot.visible & mask))
-        if overlap and others["color"] == attributes["color"]:
+        if others["color"] == attributes["color"] and (spot.visible & near).any():
             return False
+        overlap = np.count_nonzero(spot.visible & mask)
         if np.count_nonzero(spot.visible) - overlap < MIN_VISIBLE * spot.full:
             return False
     return True

@@ -4,7 +4,7 @@ A detector may solve its task from the phrase alone; then queries that carry not
 Three replacements, all with the answer's own phrases:
  - ``slot_mean``: every query by the mean of its slot over the whole set;
  - ``other_image``: the queries of another image under the same instruction;
- - ``other_instruction``: the queries of another instruction about the same image, where the two ask for different pixels.
+ - ``other_instruction``: the queries of another instruction about the same image that asks for other pixels.
 Instructions for which there is no such partner are left out of a comparison, on both of its sides.
 
 Shape suffixes: P phrases, N queries, C channels.

@@ -83,8 +83,8 @@ def mask_sums(pred_masks_PNX: Tensor, target_masks_PGX: Tensor) -> MaskSums:
 
 def _sums(pred_masks_PNX: Tensor, target_masks_PGX: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     logits, targets = pred_masks_PNX.float().flatten(2), target_masks_PGX.float().flatten(2)
-    # A product with 0 ground truths or 0 phrases is legal and yields empty tensors. Only non-negative numbers are added:
-    # mean softplus(x) − Σ x·m / X would lose the small losses of confident logits to cancellation.
+    # Only non-negative numbers are added: mean softplus(x) − Σ x·m / X, one product less, would lose small losses of
+    # confident logits to cancellation. Products with 0 ground truths or 0 phrases are legal and yield empty tensors.
     positive = logits.clamp(min=0)
     wrong = torch.einsum("pnx,pgx->png", positive, 1 - targets)
     wrong += torch.einsum("pnx,pgx->png", positive - logits, targets)

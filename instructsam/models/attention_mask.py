@@ -29,7 +29,7 @@ class TokenLayout:
         block: int64, number of the query block within the row, -1 outside of blocks.
         prompt: bool, True for the first user turn (image, instruction and the markup before the first answer).
         turn: int64 or None. With independent turns, several instructions share one image: 0 is the common image prefix
-            and k > 0 the k-th turn, which sees the prefix and itself only. None: ordinary turns, each sees all before it.
+            and k > 0 the k-th turn, which sees the prefix and itself only. None: ordinary turns, which see all before.
     """
 
     valid: Tensor

@@ -47,7 +47,12 @@ def fresh_model(config: InstructSAMConfig, seed: int) -> InstructSAM:
     """A model with new weights; the same seed gives the same weights whatever was drawn before."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return InstructSAM(config)
+        model = InstructSAM(config)
+        if config.embedding_std is not None:
+            embeddings = model.get_input_embeddings().weight
+            torch.nn.init.normal_(embeddings, std=config.embedding_std)
+            model.query_bank.initialise(config.query_init, config.embedding_std, embeddings[config.token_ids["seg"]])
+        return model
 
 
 def take_modules(model: InstructSAM, path: str | Path, modules: Sequence[str]) -> None:
@@ -59,7 +64,9 @@ def take_modules(model: InstructSAM, path: str | Path, modules: Sequence[str]) -
     source = load_model(path)
     for name in modules:
         if name not in dict(model.named_children()) or name not in dict(source.named_children()):
-            raise ValueError(f"init from {path}: no module {name!r}; there are {[n for n, _ in model.named_children()]}")
+            raise ValueError(
+                f"init from {path}: no module {name!r}; there are {[n for n, _ in model.named_children()]}"
+            )
         try:
             model.get_submodule(name).load_state_dict(source.get_submodule(name).state_dict(), strict=True)
         except RuntimeError as error:

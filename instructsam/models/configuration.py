@@ -56,12 +56,14 @@ class InstructSAMConfig(PretrainedConfig):
             ``seg_token`` (the embedding of ``[SEG]``).
         attention_variant: rule of DESIGN section 5, one of `attention_mask.VARIANTS`.
         projector: ``mlp`` (Linear, ReLU, Linear; release) or ``linear``.
-        phrase_features: what the phrase projector reads: input ``embeddings`` (release) or contextual ``hidden_states``.
+        phrase_features: what the phrase projector reads: input ``embeddings`` (release) or ``hidden_states``.
         query_mode: projected queries ``replace`` the detector's own (release) or are ``add``-ed to them.
         presence_token: keep SAM 3's presence token (off in the release).
         max_phrase_tokens: phrase tokens beyond this are cut (32).
         token_ids: ids of ref_start, ref_end, region, seg, mask_start, mask_end, eos, pad.
         initializer_range: standard deviation of new projector weights and, with query_init ``normal``, of the bank.
+        embedding_std: standard deviation of new token embeddings and of the bank, where they must be larger than the
+            weights (narrow models drown small embeddings in the first residual); None leaves it to the VLM.
 
     Raises:
         ValueError: an unknown choice, or sizes that make no sense.
@@ -84,6 +86,7 @@ class InstructSAMConfig(PretrainedConfig):
         max_phrase_tokens: int = 32,
         token_ids: dict[str, int] | None = None,
         initializer_range: float = 0.02,
+        embedding_std: float | None = None,
         **kwargs: Any,
     ):
         if num_queries < 1:
@@ -102,6 +105,7 @@ class InstructSAMConfig(PretrainedConfig):
         self.presence_token = presence_token
         self.max_phrase_tokens = max_phrase_tokens
         self.initializer_range = initializer_range
+        self.embedding_std = embedding_std
         self.token_ids = {**QWEN_TOKEN_IDS, **(token_ids or {})}
         super().__init__(**kwargs)
         # The tied head is this class's own affair (see InstructSAM.lm_logits).

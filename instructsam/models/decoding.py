@@ -1,8 +1,8 @@
 """Greedy decoding with a KV cache, query blocks appended in one step (DESIGN section 7).
 
-When a row writes ``<|object_ref_end|>``, the chunk ``<|object_ref_end|><|mask_start|>[SEG]×N<|mask_end|>`` is fed at once;
-other rows of the batch feed their one token beside it, padded. The rule to honour: every hidden state equals the one of
-a teacher-forced forward over the same tokens.
+When a row writes ``<|object_ref_end|>``, the chunk ``<|object_ref_end|><|mask_start|>[SEG]×N<|mask_end|>`` is fed at
+once; other rows of the batch feed their one token beside it, padded. The rule to honour: every hidden state equals the
+one of a teacher-forced forward over the same tokens.
 
 Shape suffixes: B batch, L sequence, K tokens of one step, C channels, V vocabulary.
 """
@@ -114,7 +114,7 @@ class _Decoder:
         image_grid_thw: Tensor | None,
         max_new_tokens: int,
     ) -> DecodedAnswer:
-        model, num_queries = self.model, self.model.config.num_queries
+        num_queries = self.model.config.num_queries
         batch, device = len(input_ids), input_ids.device
         block = torch.tensor(
             [self.ids["mask_start"], *[self.ids["seg"]] * num_queries, self.ids["mask_end"]], device=device
@@ -122,7 +122,9 @@ class _Decoder:
         logits = self._prefill(input_ids, attention_mask, pixel_values, image_grid_thw)
         answer_start = attention_mask.sum(-1)
         active = torch.ones(batch, dtype=torch.bool, device=device)
-        open_length = torch.full((batch,), -1, device=device)  # tokens since <|object_ref_start|>, -1 outside of a phrase
+        open_length = torch.full(
+            (batch,), -1, device=device
+        )  # tokens since <|object_ref_start|>, -1 outside of a phrase
         num_phrases = torch.zeros(batch, dtype=torch.long, device=device)
 
         for step in range(max_new_tokens):

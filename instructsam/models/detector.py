@@ -51,6 +51,7 @@ class DetectorOutput:
         pred_boxes: (P, N, 4) xyxy in 0…1.
         presence_logits: (P, 1) or None without the presence token.
         aux: the same of the earlier decoder layers, if asked for.
+        semantic_logits: with them, (P, H, W) logits of SAM 3's semantic head: is the pixel of any instance?
     """
 
     pred_masks: Tensor
@@ -58,6 +59,7 @@ class DetectorOutput:
     pred_boxes: Tensor
     presence_logits: Tensor | None = None
     aux: list[DetectorOutput] | None = None
+    semantic_logits: Tensor | None = None
 
 
 class InstanceQueryDecoderLayer(Sam3DetrDecoderLayer):
@@ -209,7 +211,7 @@ class InstanceDetector(Sam3PreTrainedModel):
             queries_PNC: projected instance queries.
             phrase_features_PTC: they play the role of SAM 3's text features.
             phrase_mask_PT: bool, True = token; None = all are.
-            with_aux: also give the detections of the earlier decoder layers.
+            with_aux: also give the detections of the earlier decoder layers and the semantic logits.
         """
         per_phrase = features.select(phrase_image_P)
         height, width = per_phrase.maps[-1].shape[-2:]
@@ -228,7 +230,8 @@ class InstanceDetector(Sam3PreTrainedModel):
             spatial_shape=(height, width),
         )
         logits = self.dot_product_scoring(states, phrase_features_PTC, phrase_mask_PT).squeeze(-1)
-        pixels_PCHW = self._pixel_embeddings(per_phrase, fused.last_hidden_state, phrase_features_PTC, phrase_mask_PT)
+        embedded_PCHW = self._pixel_embeddings(per_phrase, fused.last_hidden_state, phrase_features_PTC, phrase_mask_PT)
+        pixels_PCHW = self.mask_decoder.instance_projection(embedded_PCHW)
 
         def output(layer: int) -> DetectorOutput:
             masks = torch.einsum("pnc,pchw->pnhw", self.mask_decoder.mask_embedder(states[layer]), pixels_PCHW)
@@ -238,12 +241,13 @@ class InstanceDetector(Sam3PreTrainedModel):
         last = output(-1)
         if with_aux:
             last.aux = [output(layer) for layer in range(len(states) - 1)]
+            last.semantic_logits = self.mask_decoder.semantic_projection(embedded_PCHW)[:, 0]
         return last
 
     def _pixel_embeddings(
         self, per_phrase: ImageFeatures, fused: Tensor, phrase_features_PTC: Tensor, phrase_mask_PT: Tensor | None
     ) -> Tensor:
-        """Pixel embeddings (P, C, H, W) that mask embeddings are multiplied with; the same for all decoder layers."""
+        """Pixel embeddings (P, C, H, W) that the mask heads read; the same for all decoder layers."""
         decoder = self.mask_decoder
         normed = decoder.prompt_cross_attn_norm(fused)
         mask = None
@@ -258,4 +262,4 @@ class InstanceDetector(Sam3PreTrainedModel):
             query=normed, key=phrase_features_PTC, value=phrase_features_PTC, attention_mask=mask
         )
         fused = fused + decoder.prompt_cross_attn_dropout(attended)
-        return decoder.instance_projection(decoder._embed_pixels(per_phrase.maps, fused))
+        return decoder._embed_pixels(per_phrase.maps, fused)

@@ -141,7 +141,7 @@ class InstructSAM(PreTrainedModel):
     def embed(
         self, input_ids: Tensor, pixel_values: Tensor | None, image_grid_thw: Tensor | None
     ) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """Token embeddings (B, L, C) with image features and query bank put in, image mask (B, L), deepstack features."""
+        """Token embeddings (B, L, C) with image features and query bank in place, image mask (B, L), deepstack maps."""
         embeddings = self.get_input_embeddings()(input_ids)
         is_image = input_ids == self.config.vlm_config.image_token_id
         deepstack: list[Tensor] = []
@@ -178,9 +178,7 @@ class InstructSAM(PreTrainedModel):
     ) -> LanguageOutput:
         """The VLM over a whole sequence, answer included, under the hybrid mask."""
         attention_mask = attention_mask.bool()
-        phrases = find_phrases(
-            input_ids, self.config.token_ids, self.config.num_queries, self.config.max_phrase_tokens
-        )
+        phrases = find_phrases(input_ids, self.config.token_ids, self.config.num_queries, self.config.max_phrase_tokens)
         embeddings, is_image, deepstack = self.embed(input_ids, pixel_values, image_grid_thw)
         if position_ids is None:
             position_ids = self.positions(input_ids, attention_mask, image_grid_thw, turn_ids)
@@ -279,7 +277,8 @@ class InstructSAM(PreTrainedModel):
 def _cut(output: DetectorOutput) -> DetectorOutput:
     presence = None if output.presence_logits is None else output.presence_logits[:0]
     aux = None if output.aux is None else [_cut(layer) for layer in output.aux]
-    return DetectorOutput(output.pred_masks[:0], output.pred_logits[:0], output.pred_boxes[:0], presence, aux)
+    semantic = None if output.semantic_logits is None else output.semantic_logits[:0]
+    return DetectorOutput(output.pred_masks[:0], output.pred_logits[:0], output.pred_boxes[:0], presence, aux, semantic)
 
 
 AutoModel.register(InstructSAMConfig, InstructSAM, exist_ok=True)

@@ -20,7 +20,7 @@ class PhraseIndex:
     Attributes:
         row: (P,) int64, batch row (= image) of each phrase.
         queries: (P, N) int64, positions of the phrase's queries in its row.
-        tokens: (P, T) int64, positions of the phrase's tokens in its row (0 where masked), T ≥ 1 the longest in the batch.
+        tokens: (P, T) int64, positions of the phrase's tokens in its row (0 where masked); T ≥ 1, the longest's.
         mask: (P, T) bool, True = token.
     """
 

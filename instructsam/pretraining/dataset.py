@@ -80,7 +80,10 @@ class GroundedDataset(InstructionDataset):
         numbers = np.arange(1, len(rles) + 1)[:, None, None]
         item["object_map"] = torch.from_numpy((masks_OHW * numbers).max(0, initial=0))
         rows = [
-            [values.index({CATEGORY: thing["category"], **thing["attributes"]}[name]) + 1 for name, values in self.values.items()]
+            [
+                values.index({CATEGORY: thing["category"], **thing["attributes"]}[name]) + 1
+                for name, values in self.values.items()
+            ]
             for thing in sample.objects
         ]
         item["object_attributes"] = torch.tensor([[0] * len(self.values), *rows])
@@ -94,7 +97,7 @@ class GroundedDataset(InstructionDataset):
 
 
 def collate_grounded(processor: InstructSAMProcessor, items: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The processor's batch plus object_map (B, H, W), object_attributes (B, O, A), object_boxes (B, O, 4), generic (P,).
+    """The processor's batch plus object_map (B, H, W), object_attributes (B, O, A), object_boxes (B, O, 4), generic P.
 
     Raises:
         ValueError: images of different sizes (pretraining is for a world of one size).

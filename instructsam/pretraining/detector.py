@@ -12,6 +12,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from instructsam.losses.criterion import SetCriterion, count_targets
@@ -29,22 +30,32 @@ class DetectorPretraining(nn.Module):
         criterion: set losses.
         attribute_sizes: number of values of each object attribute.
         jitter: standard deviation of the noise on the oracle's boxes, relative to the box size.
+        semantic_weight: weight of the semantic loss (is a pixel of any instance of a plain phrase?).
     """
 
     def __init__(
-        self, model: InstructSAM, criterion: SetCriterion, attribute_sizes: list[int], jitter: float = 0.1
+        self,
+        model: InstructSAM,
+        criterion: SetCriterion,
+        attribute_sizes: list[int],
+        jitter: float = 0.1,
+        semantic_weight: float = 5.0,
     ):
         super().__init__()
+        self.semantic_weight = semantic_weight
         self.model = model
         self.criterion = criterion
         self.jitter = jitter
         size = model.config.detector_size
-        self.oracle = nn.Sequential(nn.Linear(5, size), nn.ReLU(), nn.Linear(size, size), nn.ReLU(), nn.Linear(size, size))
+        self.oracle = nn.Sequential(
+            nn.Linear(5, size), nn.ReLU(), nn.Linear(size, size), nn.ReLU(), nn.Linear(size, size)
+        )
         levels = len(model.config.detector_config.vision_config.scale_factors) - 1
         self.level_heads = nn.ModuleList(DenseHead(size, attribute_sizes) for _ in range(levels))
         for part in (model.vlm, model.query_bank, model.query_projector):
             part.requires_grad_(False)
         model.detector.detr_decoder.query_embed.requires_grad_(True)
+        model.detector.mask_decoder.semantic_projection.requires_grad_(True)
 
     def count_units(self, batch: dict[str, Any]) -> dict[str, float]:
         """Pairs, phrases and images of a batch."""
@@ -77,7 +88,7 @@ class DetectorPretraining(nn.Module):
         bridge = BridgeOutput(queries, model.phrase_projector(embeddings), phrases.mask, phrases.row)
         detections = model.detector(
             features, bridge.phrase_image_P, bridge.queries_PNC, bridge.phrase_features_PTC, bridge.phrase_mask_PT,
-            with_aux=self.criterion.config.aux > 0,
+            with_aux=True,
         )  # fmt: skip
 
         # A bonus on the oracle's pairs fixes their assignment; the others are matched freely.
@@ -88,6 +99,13 @@ class DetectorPretraining(nn.Module):
         prior_PNG = -1e4 * bonus_PNG * generic_P[:, None, None]
         terms = self.criterion(detections, batch, counts, cost_bias=prior_PNG)
 
+        assert detections.semantic_logits is not None
+        union_PHW = (batch["target_masks"] & batch["target_valid"][..., None, None]).any(1).float()
+        error_P = F.binary_cross_entropy_with_logits(detections.semantic_logits, union_PHW, reduction="none").mean(
+            (1, 2)
+        )
+        plain = counts["phrases"].clamp(min=1)
+        terms["semantic"] = self.semantic_weight * (error_P * ~generic_P).sum() / plain
         for level, (head, maps) in enumerate(zip(self.level_heads, features.maps, strict=True)):
             height, width = maps.shape[-2:]
             labels, boxes = cell_targets(

@@ -1,6 +1,6 @@
-"""Throw-away head of the pretraining runs: what an image cell shows.
+"""Throw-away heads of the pretraining runs: what an image cell shows, and which cells a phrase means.
 
-Shape suffixes: B batch, O objects, C channels, H W cells, A attributes.
+Shape suffixes: B batch, P phrases, N queries, O objects, C channels, H W cells, A attributes.
 """
 
 from __future__ import annotations
@@ -53,3 +53,27 @@ def cell_targets(
     cells = object_map_BHW[:, rows.to(object_map_BHW.device)][:, :, columns.to(object_map_BHW.device)]
     batch = torch.arange(len(cells), device=cells.device)[:, None, None]
     return attributes_BOA[batch, cells], boxes_BO4[batch, cells]
+
+
+class PointerHead(nn.Module):
+    """Which image cells does a phrase mean? The mean of its queries' states against those of the image tokens."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.query = nn.Sequential(nn.LayerNorm(channels), nn.Linear(channels, channels))
+        self.key = nn.Sequential(nn.LayerNorm(channels), nn.Linear(channels, channels))
+        self.bias = nn.Parameter(torch.tensor(-2.0))
+
+    def forward(
+        self, queries_PNC: Tensor, cells_BHWC: Tensor, image_P: Tensor, union_PHW: Tensor, count: Tensor
+    ) -> Tensor:
+        """Binary cross-entropy against the covered share of each cell, mean over cells, summed over phrases / `count`.
+
+        Args:
+            union_PHW: bool, pixels of any instance of the phrase, at any resolution.
+        """
+        keys_BHWC = self.key(cells_BHWC)
+        logits = torch.einsum("pc,phwc->phw", self.query(queries_PNC.mean(1)), keys_BHWC[image_P])
+        logits = logits / keys_BHWC.shape[-1] ** 0.5 + self.bias
+        share = F.adaptive_avg_pool2d(union_PHW.float(), tuple(cells_BHWC.shape[1:3]))
+        return F.binary_cross_entropy_with_logits(logits, share, reduction="none").mean((1, 2)).sum() / count

@@ -1,7 +1,7 @@
 """VLM pretraining: the language model learns to know the scene and to tell its queries which instances are meant.
 
-Language loss on the answers, box and objectness read off the query hidden states of the last layers, and attributes and
-boxes read off the image tokens. The detector does not run.
+Language loss on the answers; box and objectness read off the query hidden states of the last layers, and which image
+cells their phrase means; attributes and boxes read off the image tokens. The detector does not run.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from instructsam.losses.criterion import count_targets
 from instructsam.losses.language import language_loss, language_targets
+from instructsam.losses.query_head import QueryBoxHead
 from instructsam.models.modeling import InstructSAM
-from instructsam.pretraining.heads import DenseHead, cell_targets
-from instructsam.training.query_head import QueryBoxHead
+from instructsam.pretraining.heads import DenseHead, PointerHead, cell_targets
 
 
 class VLMPretraining(nn.Module):
@@ -25,15 +25,26 @@ class VLMPretraining(nn.Module):
         model: its ``vlm`` and ``query_bank`` train.
         attribute_sizes: number of values of each object attribute.
         lm_weight: weight of the language loss.
-        num_layers: how many of the last layers' hidden states the query head reads.
+        num_layers: how many of the last layers' hidden states the query heads read.
+        pointer_weight: weight of the loss on which image cells a phrase means.
     """
 
-    def __init__(self, model: InstructSAM, attribute_sizes: list[int], lm_weight: float = 0.3, num_layers: int = 3):
+    def __init__(
+        self,
+        model: InstructSAM,
+        attribute_sizes: list[int],
+        lm_weight: float = 0.3,
+        num_layers: int = 3,
+        pointer_weight: float = 10.0,
+    ):
         super().__init__()
         self.model = model
         self.query_head = QueryBoxHead(model.config.hidden_size, num_layers)
-        self.image_head = DenseHead(model.config.hidden_size, attribute_sizes)
+        self.pointer_heads = nn.ModuleList(PointerHead(model.config.hidden_size) for _ in range(num_layers))
+        # What a cell shows must be known before the first layer, so that words can be compared with it, and at the end.
+        self.image_heads = nn.ModuleList(DenseHead(model.config.hidden_size, attribute_sizes) for _ in range(2))
         self.lm_weight = lm_weight
+        self.pointer_weight = pointer_weight
         self.num_layers = num_layers
         for part in (model.detector, model.query_projector, model.phrase_projector):
             part.requires_grad_(False)
@@ -72,9 +83,24 @@ class VLMPretraining(nn.Module):
         grid = batch["image_grid_thw"]
         assert bool((grid == grid[:1]).all()), "pretraining images are of one size"
         height, width = (grid[0, 1:] // merge).tolist()
-        cells = language.hidden_BLC[language.image_tokens].view(len(input_ids), height, width, -1)
+        union_PHW = (batch["target_masks"] & batch["target_valid"][..., None, None]).any(1)
+        pointed = input_ids.new_zeros((), dtype=torch.float32)
+        for head, states, queries in zip(
+            self.pointer_heads, language.all_hidden[-self.num_layers :], hidden, strict=True
+        ):
+            keys = states[language.image_tokens].view(len(input_ids), height, width, -1)
+            pointed = pointed + head(queries, keys, phrases.row, union_PHW, counts["phrases"].clamp(min=1))
+        terms["pointer"] = self.pointer_weight * pointed / self.num_layers
         labels, boxes = cell_targets(
             batch["object_map"], batch["object_attributes"], batch["object_boxes"], (height, width)
         )
-        terms["image_cells"] = self.image_head(cells, labels, boxes, counts["cells"].clamp(min=1))
+        cells = counts["cells"].clamp(min=1)
+        for name, head, states in zip(
+            ("input_cells", "output_cells"),
+            self.image_heads,
+            (language.all_hidden[0], language.hidden_BLC),
+            strict=True,
+        ):
+            shown = states[language.image_tokens].view(len(input_ids), height, width, -1)
+            terms[name] = head(shown, labels, boxes, cells)
         return terms

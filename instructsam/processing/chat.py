@@ -1,9 +1,11 @@
 """The chat layout: from turns to token ids, labels and turn numbers (DESIGN section 4, "Sequence").
 
     <|im_start|>user\\n<|vision_start|><|image_pad|>×n<|vision_end|>INSTRUCTION<|im_end|>\\n
-    <|im_start|>assistant\\n<|object_ref_start|>PHRASE<|object_ref_end|><|mask_start|>[SEG]×N<|mask_end|>, …<|im_end|>\\n
+    <|im_start|>assistant\\n
+    <|object_ref_start|>PHRASE<|object_ref_end|><|mask_start|>[SEG]×N<|mask_end|>, …<|im_end|>\\n
 
-Pieces are tokenised one by one; since a special token stands on either side of each, the ids are those of the whole text.
+(without the breaks of these lines). Pieces are tokenised one by one; since a special token stands on either side of
+each, the ids are those of the whole text.
 """
 
 from __future__ import annotations

@@ -110,8 +110,8 @@ class InstructSAMProcessor:
         if len(encoded.input_ids) > self.max_length:
             phrases = sum(len(p or ()) for _, p in turns)
             raise ValueError(
-                f"{where or 'input'}: {len(encoded.input_ids)} tokens ({phrases} phrases of {self.num_queries} queries, "
-                f"{num_image_tokens} image tokens) do not fit max_length={self.max_length}"
+                f"{where or 'input'}: {len(encoded.input_ids)} tokens ({phrases} phrases with {self.num_queries} "
+                f"queries, {num_image_tokens} image tokens) do not fit max_length={self.max_length}"
             )
         return encoded
 

@@ -20,7 +20,8 @@ def periodic_evaluation(task: Task, settings: Mapping[str, Any]) -> Callable[[in
     """The trainer's ``evaluate``: step → figures; pictures go to OUTPUT_DIR/samples/step_N.png.
 
     Args:
-        settings: the training configuration; ``evaluation`` holds num_instructions, threshold, batch_size, gallery_rows.
+        settings: the training configuration; its ``evaluation`` has num_instructions, threshold, batch_size,
+            gallery_rows.
     """
     options, data = settings["evaluation"], settings["data"]
     items = flatten(read_coco_instructions(data["root"], data["val_split"]), options["num_instructions"])

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from instructsam.losses.criterion import SetCriterion, count_targets
 from instructsam.losses.language import language_loss, language_targets
+from instructsam.losses.query_head import QueryBoxHead
 from instructsam.models.modeling import InstructSAM
-from instructsam.training.query_head import QueryBoxHead
 
 
 class InstructionObjective(nn.Module):

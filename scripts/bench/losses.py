@@ -97,19 +97,23 @@ def backward(terms: dict[str, Tensor], outputs: SimpleNamespace) -> None:
     torch.autograd.grad(torch.stack(list(terms.values())).sum(), [outputs.pred_masks, outputs.pred_logits])
 
 
-def seconds(step: Callable[[], object], args: argparse.Namespace) -> float:
-    """Median time of a step after one warm-up."""
-    times = []
+def seconds(steps: list[Callable[[], object]], args: argparse.Namespace) -> list[float]:
+    """Median time of every step. The steps take turns, so that a busy machine slows all of them alike."""
+    times: list[list[float]] = [[] for _ in steps]
     for repeat in range(args.repeats + 1):
-        if args.device.startswith("cuda"):
-            torch.cuda.synchronize()
-        start = time.perf_counter()
-        step()
-        if args.device.startswith("cuda"):
-            torch.cuda.synchronize()
-        if repeat:
-            times.append(time.perf_counter() - start)
-    return statistics.median(times)
+        for step, record in zip(steps, times, strict=True):
+            start = now(args)
+            step()
+            if repeat:  # the first round warms up
+                record.append(now(args) - start)
+    return [statistics.median(record) for record in times]
+
+
+def now(args: argparse.Namespace) -> float:
+    """Wall-clock time once the device has finished what was asked of it."""
+    if args.device.startswith("cuda"):
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def main() -> None:
@@ -131,9 +135,9 @@ def main() -> None:
     full = SetCriterion()
     sampled = SetCriterion(CriterionConfig(points=PointSampling(num_points=args.points)))
 
-    ours, naive = full(outputs, targets, counts), loop_losses(outputs, targets)
+    mine, naive = full(outputs, targets, counts), loop_losses(outputs, targets)
     for name, value in naive.items():
-        torch.testing.assert_close(ours[name], value, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(mine[name], value, rtol=1e-4, atol=1e-6)
 
     def row(title: str, fast: float, slow: float) -> None:
         print(f"{title:<44}{fast * 1e3:>10.1f} ms{slow * 1e3:>10.1f} ms{slow / fast:>8.1f} x")
@@ -144,13 +148,19 @@ def main() -> None:
     print(f"torch {torch.__version__}, {torch.get_num_threads()} thread(s), {args.device}: {machine}")
     print(f"medians of {args.repeats} runs after one warm-up")
     print(f"{'':<44}{'ours':>13}{'loop':>13}{'ratio':>10}")
-    fast = seconds(lambda: vectorised_match(outputs, targets), args)
-    row("matching", fast, seconds(lambda: loop_match(outputs, targets), args))
-    slow = seconds(lambda: backward(loop_losses(outputs, targets), outputs), args)
-    fast = seconds(lambda: backward(full(outputs, targets, counts), outputs), args)
-    row("matching + losses + backward, all pixels", fast, slow)
-    fast = seconds(lambda: backward(sampled(outputs, targets, counts), outputs), args)
-    row(f"same, {args.points} points (loop: all pixels)", fast, slow)
+    match_ours, match_loop, ours_full, ours_points, loop = seconds(
+        [
+            lambda: vectorised_match(outputs, targets),
+            lambda: loop_match(outputs, targets),
+            lambda: backward(full(outputs, targets, counts), outputs),
+            lambda: backward(sampled(outputs, targets, counts), outputs),
+            lambda: backward(loop_losses(outputs, targets), outputs),
+        ],
+        args,
+    )
+    row("matching", match_ours, match_loop)
+    row("matching + losses + backward, all pixels", ours_full, loop)
+    row(f"same, {args.points} points (loop: all pixels)", ours_points, loop)
 
 
 if __name__ == "__main__":

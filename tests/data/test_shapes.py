@@ -65,6 +65,19 @@ def test_enough_of_each_shape_is_visible(many):
             assert shape.area >= MIN_VISIBLE * shape.full_area - 12
 
 
+def test_shapes_of_one_colour_do_not_touch(many):
+    pairs = 0
+    for scene in many:
+        for i, shape in enumerate(scene.shapes):
+            rows, columns = np.pad(scene.masks[i], ((1, 1), (0, 0))), np.pad(scene.masks[i], ((0, 0), (1, 1)))
+            near = rows[:-2] | rows[2:] | columns[:, :-2] | columns[:, 2:]
+            for other, mask in zip(scene.shapes[:i], scene.masks[:i], strict=True):
+                if other.color == shape.color:
+                    pairs += 1
+                    assert not (near & mask).any()
+    assert pairs > 100
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_equal_radius_means_equal_area_for_every_kind(many, kind):
     ratios = []

@@ -94,6 +94,18 @@ def test_release_terms_and_their_names():
     assert all(term.dtype == torch.float32 and term.shape == () for term in terms.values())
 
 
+def test_class_target_of_a_matched_query_has_a_floor():
+    """A query matched to a mask that it misses wholly still learns that it is wanted."""
+    outputs, targets = make_outputs(phrases=1, queries=1, aux=0, presence=False), make_targets((1,))
+    with torch.no_grad():
+        outputs.pred_masks.fill_(-20.0)
+    logit = outputs.pred_logits[0, 0]
+    for floor in (0.1, 0.4):
+        terms = SetCriterion(CriterionConfig(min_soft_target=floor))(outputs, targets, count_targets(targets))
+        expected = F.binary_cross_entropy_with_logits(logit, torch.tensor(floor))
+        assert terms["cls"].item() == pytest.approx(expected.item(), rel=1e-5)
+
+
 def test_no_gradient_through_the_class_targets():
     """The class loss alone must not move the masks."""
     outputs, targets = make_outputs(), make_targets()
@@ -243,6 +255,20 @@ def test_auxiliary_layers_are_matched_anew_and_weighted():
     plain = SetCriterion()(outputs, targets, counts)
     assert not any(name.startswith("aux_") for name in plain)
     torch.testing.assert_close(terms["cls"], plain["cls"])
+
+
+def test_cost_bias_decides_the_matching_of_every_layer_and_adds_no_loss():
+    outputs, targets = make_outputs(), make_targets((1, 1, 1, 1))
+    counts = count_targets(targets)
+    bias = torch.full((4, 5, 3), 1e3)
+    bias[:, 2] = 0
+    terms = SetCriterion(CriterionConfig(aux=1.0))(outputs, targets, counts, cost_bias=bias)
+    truth = targets["target_masks"][:, 0].float()
+    for name, layers in (("mask_bce", [outputs]), ("aux_mask_bce", outputs.aux)):
+        expected = sum(F.binary_cross_entropy_with_logits(layer.pred_masks[:, 2], truth) for layer in layers)
+        torch.testing.assert_close(terms[name], 4.0 * expected)
+    none = SetCriterion()(outputs, targets, counts, cost_bias=torch.zeros_like(bias))
+    torch.testing.assert_close(none["mask_bce"], SetCriterion()(outputs, targets, counts)["mask_bce"])
 
 
 def test_presence_loss_where_the_model_has_the_token():

@@ -45,9 +45,7 @@ def random_layout(seed: int, batch: int = 3, num_queries: int = 3, independent: 
 
 def part(layout: TokenLayout, start: int, stop: int) -> TokenLayout:
     turn = None if layout.turn is None else layout.turn[:, start:stop]
-    return TokenLayout(
-        layout.valid[:, start:stop], layout.block[:, start:stop], layout.prompt[:, start:stop], turn
-    )
+    return TokenLayout(layout.valid[:, start:stop], layout.block[:, start:stop], layout.prompt[:, start:stop], turn)
 
 
 def by_the_words(variant: str, layout: TokenLayout, b: int, i: int, j: int) -> bool:

@@ -27,7 +27,7 @@ def tiny():
 
 
 def prompts(tensors, meta, seed: int):
-    """Two prompts of different length about the fixture's two images (the second cut short by a random number of words)."""
+    """Two prompts of different length about the fixture's two images (the second gets a random number of words)."""
     ids = meta["tokens"]
     generator = torch.Generator().manual_seed(seed)
     starts = [(row != -100).nonzero()[0].item() for row in tensors["labels"]]

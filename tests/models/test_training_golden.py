@@ -62,7 +62,9 @@ def test_gradient_norms(trained):
         assert actual == pytest.approx(expected, rel=1e-3, abs=1e-6 * largest), name
     others = {name for name, p in parameters.items() if p.grad is not None and float(p.grad.norm()) > 1e-6 * largest}
     frozen = {name for name in others if name.startswith("detector.vision_encoder.")}
-    assert others - seen == frozen, "only the image encoder, frozen in the release, may have gradients beyond the fixture"
+    assert others - seen == frozen, (
+        "only the image encoder, frozen in the release, may have gradients beyond the fixture"
+    )
 
 
 def test_two_nearest_resizes_agree(golden):

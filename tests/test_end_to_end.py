@@ -1,0 +1,222 @@
+"""A user's path in small: train, evaluate, segment; bad input; the run that must not change."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from tiny_fixtures import settings_of
+
+from instructsam import segment as segment_command
+from instructsam.data.coco_instructions import read_coco_instructions
+from instructsam.evaluate import evaluate
+from instructsam.evaluation.reliance import same_image, same_instruction
+from instructsam.predictor import Predictor
+from instructsam.train import train
+
+GOLDEN_LOSSES = Path(__file__).parent / "golden" / "tiny_losses.json"
+RUNS = ("tiny_detector", "tiny_vlm", "tiny_world")
+
+
+def run_settings(experiment: str, world: Path, output: Path, *more: str) -> dict:
+    init = []
+    if experiment == "tiny_world":
+        init = [
+            f"model.init.0.checkpoint={output / 'tiny_detector' / 'checkpoint'}",
+            f"model.init.1.checkpoint={output / 'tiny_vlm' / 'checkpoint'}",
+        ]
+    return settings_of(
+        "train",
+        f"experiment={experiment}",
+        f"data.root={world}",
+        f"output_dir={output / experiment}",
+        "threads=0",
+        "trainer.max_steps=3",
+        "trainer.per_device_batch_size=2",
+        "trainer.checkpoint_every=0",
+        "trainer.progress_bar=false",
+        *init,
+        *more,
+    )
+
+
+@pytest.fixture(scope="module")
+def chain(world, tmp_path_factory) -> Path:
+    """The quickstart's three runs, three steps each."""
+    output = tmp_path_factory.mktemp("chain")
+    for experiment in RUNS:
+        assert train(run_settings(experiment, world, output))["status"] == "complete"
+    return output
+
+
+def losses(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "losses.jsonl").read_text().splitlines()]
+
+
+def test_losses_have_not_changed(chain):
+    """A change that should not change numbers must not. To accept new ones: write them with the lines below."""
+    found = {name: [row["loss"] for row in losses(chain / name)] for name in RUNS}
+    if not GOLDEN_LOSSES.exists():
+        GOLDEN_LOSSES.write_text(json.dumps(found, indent=1) + "\n")
+        pytest.fail(f"{GOLDEN_LOSSES} was missing and has been written: look at it and commit it")
+    expected = json.loads(GOLDEN_LOSSES.read_text())
+    for name in RUNS:
+        assert found[name] == pytest.approx(expected[name], rel=2e-3), name
+
+
+def test_the_chain_hands_its_parts_on(chain):
+    weights = {name: Predictor.from_pretrained(chain / name / "checkpoint").model.state_dict() for name in RUNS}
+    for key, tensor in weights["tiny_world"].items():
+        if key.startswith(("detector.", "phrase_projector.")):
+            assert torch.equal(tensor, weights["tiny_detector"][key]), key
+    moved = [k for k in weights["tiny_world"] if not torch.equal(weights["tiny_world"][k], weights["tiny_vlm"][k])]
+    assert any(key.startswith("vlm.") for key in moved)
+    assert any(key.startswith("query_projector.") for key in moved)
+    embeddings = "vlm.language_model.embed_tokens.weight"
+    assert torch.equal(weights["tiny_detector"][embeddings], weights["tiny_world"][embeddings])
+
+
+def test_evaluate_writes_everything(chain, world, capsys):
+    folder = chain / "evaluation"
+    settings = settings_of(
+        "eval", f"checkpoint={chain / 'tiny_world' / 'checkpoint'}", f"data.root={world}", f"output_dir={folder}"
+    )
+    settings |= {"untrained": True, "limit": 20, "max_new_tokens": 4, "threshold": 0.05, "threads": 0}
+    metrics = evaluate(settings)
+    for name in ("metrics.json", "report.md", "gallery.png", "predictions.jsonl"):
+        assert (folder / name).stat().st_size > 0, name
+    assert metrics["overall"]["num_samples"] == 20
+    records = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
+    assert len({record["id"] for record in records}) == 20
+    assert "AP50" in capsys.readouterr().out
+    assert json.loads((folder / "metrics.json").read_text())["overall"]["mAP"] == metrics["overall"]["mAP"]
+
+
+def test_segment_command(checkpoint, world, tmp_path, capsys):
+    image = next((world / "val" / "images").glob("*.png"))
+    segment_command.main(
+        [str(image), "--phrase", "red circles", "--phrase", "stars", "--threshold", "0.0"]
+        + ["--checkpoint", str(checkpoint), "--output", str(tmp_path)]
+    )
+    printed = capsys.readouterr().out
+    assert "phrases: red circles, stars" in printed
+    result = json.loads((tmp_path / f"{image.stem}.json").read_text())
+    assert len(result["instances"]) == 12
+    assert result["instances"][0]["segmentation"]["size"] == [96, 96]
+    assert Image.open(tmp_path / f"{image.stem}_overlay.png").size[0] >= 96
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["missing.png", "the stars"], "missing.png"),
+        (["NOT_AN_IMAGE", "the stars"], "not"),
+        (["IMAGE", "  "], "instruction 0 is empty"),
+        (["IMAGE"], "give instructions"),
+        (["IMAGE", "the [SEG] stars"], r"reserved token '\[SEG\]'"),
+        (["IMAGE", "x", "--threshold", "7"], "threshold=7"),
+        (
+            ["IMAGE", "x", *[w for k in range(11) for w in ("--phrase", f"p{k}")]],
+            "11 phrases, more than max_phrases=10",
+        ),
+        (["IMAGE", "x", "--checkpoint", "nowhere"], "nowhere: no config.json"),
+        (["IMAGE", "x", "--checkpoint", "OTHER"], "holds a 'bert' model"),
+    ],
+)
+def test_bad_input_is_one_clear_line(arguments, message, checkpoint, world, tmp_path):
+    image = next((world / "val" / "images").glob("*.png"))
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "config.json").write_text('{"model_type": "bert"}')
+    text = tmp_path / "text.png"
+    text.write_text("this is no picture")
+    names = {"IMAGE": str(image), "OTHER": str(other), "NOT_AN_IMAGE": str(text)}
+    arguments = [names.get(argument, argument) for argument in arguments]
+    if "--checkpoint" not in arguments:
+        arguments += ["--checkpoint", str(checkpoint)]
+    with pytest.raises(SystemExit) as caught:
+        segment_command.main([*arguments, "--output", str(tmp_path)])
+    text_of_error = str(caught.value)
+    assert text_of_error.startswith("error: ")
+    assert "\n" not in text_of_error.strip()
+    assert re.search(message, text_of_error), text_of_error
+
+
+def test_missing_and_foreign_tensors_are_errors(checkpoint, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    broken = tmp_path / "broken"
+    shutil.copytree(checkpoint, broken)
+    state = load_file(broken / "model.safetensors")
+    state.pop("query_bank.weight")
+    state["stranger"] = torch.zeros(2)
+    save_file(state, broken / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="query_bank.weight") as caught:
+        Predictor.from_pretrained(broken)
+    assert "stranger" in str(caught.value)
+
+
+def test_saved_and_loaded_model_is_the_same(checkpoint, world):
+    samples = read_coco_instructions(world, "val")
+    first, second = Predictor.from_pretrained(checkpoint), Predictor.from_pretrained(checkpoint)
+    image, turn = samples[0].image, samples[0].turns[0]
+    options = {"phrases": [[phrase.text for phrase in turn.phrases]], "threshold": 0.0}
+    assert first.segment([image], [turn.instruction], **options) == second.segment(
+        [image], [turn.instruction], **options
+    )
+
+
+def test_batched_segment_equals_one_by_one(checkpoint, world):
+    predictor = Predictor.from_pretrained(checkpoint)
+    samples = read_coco_instructions(world, "val")[:4]
+    images = [sample.image for sample in samples]
+    instructions = [sample.turns[0].instruction for sample in samples]
+    phrases = [["red circles"], ["stars", "large shapes"], ["blue squares"], ["shapes"]]
+    together = predictor.segment(images, instructions, phrases=phrases, threshold=0.02, batch_size=4)
+    for k, image in enumerate(images):
+        alone = predictor.segment([image], [instructions[k]], phrases=[phrases[k]], threshold=0.02)[0]
+        assert len(alone.instances) == len(together[k].instances) > 0
+        for a, b in zip(alone.instances, together[k].instances, strict=True):
+            assert a.score == pytest.approx(b.score, abs=1e-4)
+            assert a.phrase == b.phrase
+    written = predictor.segment(images, instructions, max_new_tokens=5, batch_size=4)
+    for k, image in enumerate(images):
+        assert predictor.segment([image], [instructions[k]], max_new_tokens=5)[0].answer == written[k].answer
+
+
+def test_wrong_numbers_of_things(checkpoint, world):
+    predictor = Predictor.from_pretrained(checkpoint)
+    image = next((world / "val" / "images").glob("*.png"))
+    with pytest.raises(ValueError, match="no image"):
+        predictor.segment([], [])
+    with pytest.raises(ValueError, match="2 instructions for 3 images"):
+        predictor.segment([image] * 3, ["a", "b"])
+    with pytest.raises(ValueError, match="phrases of image 0 are empty"):
+        predictor.segment([image], phrases=[[" "]])
+
+
+def test_partners_of_query_reliance():
+    def record(name, image, instruction, rles, phrases=("shapes",)):
+        return {"id": name, "image": image, "instruction": instruction, "gt_rles": rles, "pred_phrases": list(phrases),
+                "height": 4, "width": 4}  # fmt: skip
+
+    from instructsam.masks import encode
+
+    left, right = torch.zeros(4, 4, dtype=torch.bool), torch.zeros(4, 4, dtype=torch.bool)
+    left[:, :2], right[:, 2:] = True, True
+    left_rle, right_rle = encode(left.numpy()), encode(right.numpy())
+    records = [
+        record("a", "1", "The left one", [left_rle]),
+        record("b", "1", "the right one", [right_rle]),
+        record("c", "2", "the left one", [left_rle]),
+        record("d", "2", "all", [left_rle, right_rle]),
+        record("e", "1", "nothing", []),
+        record("f", "1", "the left one again", [left_rle]),
+    ]
+    assert same_instruction(records) == {0: 2, 2: 0}
+    assert same_image(records) == {0: 1, 1: 5, 5: 1}

@@ -1,0 +1,44 @@
+"""A small tiny world and a small untrained model, made once for the whole suite."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+
+
+def settings_of(name: str, *overrides: str) -> dict[str, Any]:
+    """A composed and resolved configuration."""
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        config = compose(name, overrides=list(overrides))
+    values = OmegaConf.to_container(config, resolve=True)
+    assert isinstance(values, dict)
+    return values
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory) -> Path:
+    """A tiny world of 12 training and 6 held-out scenes."""
+    from instructsam.data.tiny_world import make_tiny_world
+
+    root = tmp_path_factory.mktemp("world") / "tiny_world"
+    make_tiny_world(root, train=12, val=6, seed=0)
+    return root
+
+
+@pytest.fixture(scope="session")
+def checkpoint(world, tmp_path_factory) -> Path:
+    """An untrained tiny model, saved."""
+    from instructsam.models.factory import build_model
+
+    settings = settings_of("train", f"data.root={world}")
+    model, processor = build_model(settings["model"])
+    folder = tmp_path_factory.mktemp("checkpoint") / "model"
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
