@@ -12,13 +12,13 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import hydra
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-CONFIGS = str(Path(__file__).resolve().parents[1] / "configs")
+from instructsam.configs_path import CONFIGS
 
 
 def evaluate(settings: dict[str, Any]) -> dict[str, Any]:
@@ -69,8 +69,7 @@ def evaluate(settings: dict[str, Any]) -> dict[str, Any]:
 
 @hydra.main(config_path=CONFIGS, config_name="eval", version_base="1.3")
 def main(config: DictConfig) -> None:
-    settings = OmegaConf.to_container(config, resolve=True)
-    assert isinstance(settings, dict)
+    settings = cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))
     try:
         evaluate(settings)
     except ValueError as error:

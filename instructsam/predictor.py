@@ -112,11 +112,11 @@ class Predictor:
             key: value.to(self.model.device) if isinstance(value, Tensor) else value
             for key, value in self.processor.collate(items).items()
         }
-        vision = {"pixel_values": batch["pixel_values"], "image_grid_thw": batch["image_grid_thw"]}
+        vision = (batch["pixel_values"], batch["image_grid_thw"])
         input_ids, attention_mask = batch["input_ids"], batch["attention_mask"]
         if all(answer is None for answer in phrases):
             decoded = decode(
-                self.model, input_ids, attention_mask, **vision, max_new_tokens=max_new_tokens, max_phrases=max_phrases
+                self.model, input_ids, attention_mask, *vision, max_new_tokens=max_new_tokens, max_phrases=max_phrases
             )
             input_ids, language = decoded.input_ids, decoded.language
             answers_ids = [
@@ -127,7 +127,7 @@ class Predictor:
             ]
             found = [self.processor.chat.phrases_of(ids) for ids in answers_ids]
         else:
-            language = self.model.run_language_model(input_ids, attention_mask, **vision)
+            language = self.model.run_language_model(input_ids, attention_mask, *vision)
             found = [list(answer or ()) for answer in phrases]
             answers_ids = [self.processor.chat.answer(answer) for answer in found]
         return Understanding(

@@ -15,13 +15,13 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import hydra
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-CONFIGS = str(Path(__file__).resolve().parents[1] / "configs")
+from instructsam.configs_path import CONFIGS
 
 
 def train(settings: dict[str, Any]) -> dict[str, Any]:
@@ -55,8 +55,7 @@ def train(settings: dict[str, Any]) -> dict[str, Any]:
 
 @hydra.main(config_path=CONFIGS, config_name="train", version_base="1.3")
 def main(config: DictConfig) -> None:
-    settings = OmegaConf.to_container(config, resolve=True)
-    assert isinstance(settings, dict)
+    settings = cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))
     if int(os.environ.get("RANK", 0)) == 0:
         Path(settings["output_dir"]).mkdir(parents=True, exist_ok=True)
         OmegaConf.save(OmegaConf.create(settings), Path(settings["output_dir"]) / "config.yaml")

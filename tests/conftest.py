@@ -11,7 +11,7 @@ GOLDEN_ROOT = Path(__file__).parent / "golden"
 
 
 def golden_folders() -> list[Path]:
-    """Folders of golden figures: the committed ones, plus those of ``INSTRUCTSAM_GOLDEN`` (one, or a folder of them)."""
+    """Folders of golden figures: the committed ones, plus those of ``INSTRUCTSAM_GOLDEN`` (one or a folder of them)."""
     roots = [GOLDEN_ROOT]
     if extra := os.environ.get("INSTRUCTSAM_GOLDEN"):
         roots.append(Path(extra))

@@ -28,6 +28,7 @@ ENTRY_POINTS = {"train", "evaluate", "segment", "demo", "make_tiny_world", "prep
 # What each part may import besides itself. A module belongs to the longest name that fits it.
 ALLOWED: dict[str, set[str]] = {
     "structures": set(),
+    "configs_path": set(),
     "masks": {"structures"},
     "processing": FLOOR,
     "losses": FLOOR,
@@ -40,7 +41,7 @@ ALLOWED: dict[str, set[str]] = {
     "baselines": FLOOR | {"processing", "models", "losses", "visualization"},
     "pretraining": PARTS | RECORDS | {"training"},
     "training": PARTS | RECORDS | {"pretraining"},
-    **{name: PARTS | RECORDS | {"baselines", "pretraining", "training"} for name in ENTRY_POINTS},
+    **{name: PARTS | RECORDS | {"configs_path", "baselines", "pretraining", "training"} for name in ENTRY_POINTS},
 }
 
 # Import names of distributions that are called otherwise.

@@ -91,7 +91,7 @@ def query_reliance(
     }
 
 
-def _group(records: Sequence[Record], key: Any) -> dict[Any, list[int]]:
+def _group(records: Sequence[Mapping[str, Any]], key: Any) -> dict[Any, list[int]]:
     groups: dict[Any, list[int]] = defaultdict(list)
     for k, record in enumerate(records):
         groups[key(record)].append(k)

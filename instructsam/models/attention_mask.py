@@ -12,7 +12,7 @@ Shape suffixes: B batch, L sequence.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -65,11 +65,15 @@ class TokenLayout:
 
     def append(self, other: TokenLayout) -> TokenLayout:
         """The layout of these tokens followed by `other`'s (as a decoding step appends them to the cache)."""
-        parts = {}
-        for field in fields(self):
-            mine, theirs = getattr(self, field.name), getattr(other, field.name)
-            parts[field.name] = None if mine is None else torch.cat([mine, theirs], dim=1)
-        return TokenLayout(**parts)
+        turn = None
+        if self.turn is not None and other.turn is not None:
+            turn = torch.cat([self.turn, other.turn], dim=1)
+        return TokenLayout(
+            torch.cat([self.valid, other.valid], dim=1),
+            torch.cat([self.block, other.block], dim=1),
+            torch.cat([self.prompt, other.prompt], dim=1),
+            turn,
+        )
 
 
 Predicate = Callable[[Tensor, Tensor, Tensor], Tensor]

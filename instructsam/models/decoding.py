@@ -154,7 +154,8 @@ class _Decoder:
         self.next_position_B = positions.amax(0).masked_fill(~attention_mask, -1).amax(-1) + 1
         self.cache = DynamicCache(config=self.model.vlm.language_model.config)
         self.layout = self.model.layout(input_ids, attention_mask)
-        self.tokens, self.hidden = [input_ids], []
+        self.tokens: list[Tensor] = [input_ids]
+        self.hidden: list[Tensor] = []
         extra = {"visual_pos_masks": is_image, "deepstack_visual_embeds": deepstack} if deepstack else {}
         return self._forward(embeddings, positions, attention_mask, extra)
 

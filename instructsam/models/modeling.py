@@ -108,7 +108,7 @@ class InstructSAM(PreTrainedModel):
             seg = self.get_input_embeddings().weight[self.config.token_ids["seg"]]
             module.initialise(self.config.query_init, self.config.initializer_range, seg)
 
-    def get_input_embeddings(self) -> nn.Module:
+    def get_input_embeddings(self) -> nn.Embedding:
         return self.vlm.get_input_embeddings()
 
     def set_input_embeddings(self, value: nn.Module) -> None:

@@ -75,5 +75,5 @@ class PointerHead(nn.Module):
         keys_BHWC = self.key(cells_BHWC)
         logits = torch.einsum("pc,phwc->phw", self.query(queries_PNC.mean(1)), keys_BHWC[image_P])
         logits = logits / keys_BHWC.shape[-1] ** 0.5 + self.bias
-        share = F.adaptive_avg_pool2d(union_PHW.float(), tuple(cells_BHWC.shape[1:3]))
+        share = F.adaptive_avg_pool2d(union_PHW.float(), (cells_BHWC.shape[1], cells_BHWC.shape[2]))
         return F.binary_cross_entropy_with_logits(logits, share, reduction="none").mean((1, 2)).sum() / count

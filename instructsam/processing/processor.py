@@ -122,6 +122,11 @@ class InstructSAMProcessor:
             ValueError: a phrase with more instances than queries, and everything the other encoders raise.
         """
         item = self.encode_image(sample.image)
+        if item["size"] != (sample.height, sample.width):
+            raise ValueError(
+                f"sample {sample.id}: {sample.image} has height and width {item['size']}, the annotations say "
+                f"{(sample.height, sample.width)} (EXIF orientation counts)"
+            )
         turns = [(turn.instruction, [phrase.text for phrase in turn.phrases]) for turn in sample.turns]
         chat = self.encode_chat(item["image_grid_thw"], turns, independent_turns, where=f"sample {sample.id}")
         item.update(input_ids=chat.input_ids, labels=chat.labels, sample_id=sample.id)
