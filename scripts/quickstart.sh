@@ -28,7 +28,7 @@ fi
 run() { "$venv/bin/python" -m "$@"; }
 
 say "tiny world in $world"
-run instructsam.make_tiny_world --root "$world"
+run instructsam.make_tiny_world --root "$world" --train 5000 --val 120
 
 # Two threads that wait for each other spin; passive waiting leaves the cores to whoever has work.
 export OMP_WAIT_POLICY=PASSIVE

@@ -30,11 +30,11 @@ ATTRIBUTES = ("kind", "color", "size", "texture")
 
 REFERENCE_SIZE = 96
 """Picture size that the lengths below are meant for."""
-RADII = {"small": (7.5, 9.0), "large": (12.0, 16.0)}
+RADII = {"small": (8.5, 10.0), "large": (14.0, 17.5)}
 """Radius of the circle with the same area as the shape, so that areas compare across kinds."""
-MIN_VISIBLE = 0.6
+MIN_VISIBLE = 0.75
 SUPERSAMPLE = 4
-MAX_TILT = 18
+MAX_TILT = 8
 """Degrees that shapes are turned by: few, so that no square becomes a diamond and no cross an x."""
 STRIPE_PERIOD = 6.0
 STRIPE_RIM = 1.6
@@ -105,7 +105,7 @@ def sample_scene(rng: random.Random, image_size: int = REFERENCE_SIZE, odd: bool
 
 def _attributes(rng: random.Random) -> list[dict[str, str]]:
     """Attributes of every shape, mostly from few kinds and colours so that single words do not settle who is meant."""
-    count = rng.choices((3, 4, 5, 6), weights=(1, 2, 3, 3))[0]
+    count = rng.choices((3, 4, 5, 6), weights=(2, 3, 2, 1))[0]
     if rng.random() < 0.75:
         kinds = rng.sample(KINDS, rng.choices((1, 2, 3), weights=(1, 3, 2))[0])
         colors = rng.sample(tuple(COLORS), rng.choices((1, 2, 3), weights=(1, 3, 2))[0])
@@ -289,7 +289,7 @@ def _background(rng: random.Random, image_size: int) -> np.ndarray:
     """Plain colour, gradient or faint noise, (H, W, 3) float32, always near grey and away from the shapes' colours."""
 
     def near_grey() -> np.ndarray:
-        level = rng.choice((rng.uniform(15, 70), rng.uniform(205, 245)))
+        level = rng.uniform(20, 90)
         return np.array([level + rng.uniform(-10, 10) for _ in range(3)], dtype=np.float32)
 
     style = rng.choice(("plain", "gradient", "noise"))
