@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,6 +23,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from instructsam.configs_path import CONFIGS
+from instructsam.training.lock import exclusive
 
 
 def train(settings: dict[str, Any]) -> dict[str, Any]:
@@ -56,11 +58,12 @@ def train(settings: dict[str, Any]) -> dict[str, Any]:
 @hydra.main(config_path=CONFIGS, config_name="train", version_base="1.3")
 def main(config: DictConfig) -> None:
     settings = cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))
-    if int(os.environ.get("RANK", 0)) == 0:
-        Path(settings["output_dir"]).mkdir(parents=True, exist_ok=True)
-        OmegaConf.save(OmegaConf.create(settings), Path(settings["output_dir"]) / "config.yaml")
+    first = int(os.environ.get("RANK", 0)) == 0
     try:
-        summary = train(settings)
+        with exclusive(settings["output_dir"]) if first else nullcontext():
+            if first:
+                OmegaConf.save(OmegaConf.create(settings), Path(settings["output_dir"]) / "config.yaml")
+            summary = train(settings)
     except ValueError as error:
         sys.exit(f"error: {error}")
     if summary["status"] == "interrupted":

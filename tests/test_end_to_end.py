@@ -220,3 +220,43 @@ def test_partners_of_query_reliance():
     ]
     assert same_instruction(records) == {0: 2, 2: 0}
     assert same_image(records) == {0: 1, 1: 5, 5: 1}
+
+
+@pytest.mark.parametrize("more", [("trainer.precision=bf16",), ("debug=limit",), ("model.config.presence_token=true",)])
+def test_training_from_scratch(more, world, tmp_path):
+    settings = settings_of(
+        "train",
+        *more,
+        f"data.root={world}",
+        f"output_dir={tmp_path}",
+        "data.turns_per_image=2",
+        "trainer.max_steps=2",
+        "trainer.per_device_batch_size=2",
+        "trainer.eval_every=2",
+        "evaluation.num_instructions=4",
+        "evaluation.gallery_rows=2",
+        "trainer.progress_bar=false",
+    )
+    summary = train(settings)
+    assert summary["status"] == "complete"
+    assert 0 < losses(tmp_path)[-1]["loss"] < 1000
+    assert (tmp_path / "samples" / "step_000002.png").stat().st_size > 0
+    assert "mAP" in summary["metrics"]
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model.config.attention_variant=diagonal", "attention_variant='diagonal' is not one of causal, hybrid"),
+        ("model.config.num_queries=0", "num_queries=0"),
+        ("model.config.query_init=ones", "query_init='ones'"),
+        ("objective.name=magic", "objective.name='magic'"),
+        ("data.root=nowhere", "nowhere"),
+        ("model.init=[{checkpoint: nowhere, modules: [vlm]}]", "nowhere: no config.json"),
+        ("optim.freeze=[nothing_like_this]", "nothing_like_this"),
+        ("trainer.max_steps=0", "max_steps"),
+    ],
+)
+def test_settings_that_cannot_work(override, message, world, tmp_path):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        train(settings_of("train", f"data.root={world}", f"output_dir={tmp_path}", override))

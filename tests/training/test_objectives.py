@@ -1,0 +1,122 @@
+"""The training objective: connected to every trainable parameter, whatever the batch; invariant to how it is split."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from instructsam.data.coco_instructions import read_coco_instructions
+from instructsam.losses.criterion import CriterionConfig, SetCriterion
+from instructsam.predictor import Predictor
+from instructsam.structures import PhraseTarget, Turn
+from instructsam.training.objectives import InstructionObjective
+
+REPOSITORY = Path(__file__).parents[2]
+FULL = CriterionConfig(aux=1.0, box_l1=5.0, box_giou=2.0)
+
+
+@pytest.fixture
+def tiny(checkpoint):
+    predictor = Predictor.from_pretrained(checkpoint)
+    return predictor.model.train(), predictor.processor
+
+
+def run(objective, batch):
+    counts = {name: torch.tensor(value) for name, value in objective.count_units(batch).items()}
+    terms = objective(batch, counts)
+    loss = sum(terms.values())
+    objective.zero_grad()
+    loss.backward()
+    return terms
+
+
+def without_gradient(objective):
+    return [name for name, p in objective.named_parameters() if p.requires_grad and p.grad is None]
+
+
+@pytest.mark.parametrize("config", [CriterionConfig(), FULL], ids=["release", "full"])
+@pytest.mark.parametrize("what", ["masks", "no_target", "no_phrase"])
+def test_connected_to_every_trainable_parameter(tiny, world, config, what):
+    model, processor = tiny
+    samples = read_coco_instructions(world, "train")[:2]
+    if what == "no_target":
+        turn = Turn("the red stars", (PhraseTarget("red stars"),))
+        samples = [dataclasses.replace(sample, turns=(turn,)) for sample in samples]
+    batch = processor.collate([processor.encode_sample(sample, True) for sample in samples])
+    if what == "no_phrase":
+        items = []
+        for sample in samples:
+            item = processor.encode_image(sample.image)
+            chat = processor.encode_chat(item["image_grid_thw"], [("the red stars", None)])
+            items.append({**item, "input_ids": chat.input_ids, "labels": chat.labels, "targets": [], "box_only": []})
+        batch = processor.collate(items)
+    objective = InstructionObjective(model, SetCriterion(config), query_box_weight=0.5)
+    terms = run(objective, batch)
+    assert without_gradient(objective) == []
+    if what == "no_phrase":
+        assert all(float(value.detach()) == 0 for value in terms.values())
+        assert all(not p.grad.any() for p in objective.parameters() if p.grad is not None)
+    else:
+        assert float(terms["cls"].detach()) > 0
+
+
+def test_splitting_a_batch_changes_nothing(tiny, world):
+    model, processor = tiny
+    samples = read_coco_instructions(world, "train")[:4]
+    items = [processor.encode_sample(sample, True) for sample in samples]
+    objective = InstructionObjective(model, SetCriterion(FULL), query_box_weight=0.5)
+    run(objective, processor.collate(items))
+    whole = {name: p.grad.clone() for name, p in objective.named_parameters() if p.grad is not None}
+    parts = [processor.collate(items[:1]), processor.collate(items[1:])]
+    each = [objective.count_units(part) for part in parts]
+    counts = {name: torch.tensor(sum(count[name] for count in each)) for name in each[0]}
+    objective.zero_grad()
+    for part in parts:
+        sum(objective(part, counts).values()).backward()
+    for name, parameter in objective.named_parameters():
+        if parameter.grad is not None:
+            scale = whole[name].abs().max().clamp(min=1e-4)
+            assert float((parameter.grad - whole[name]).abs().max() / scale) < 1e-3, name
+
+
+def test_unused_tensors_are_frozen(tiny):
+    model, _ = tiny
+    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+    parts = ("text_projection", "geometry_encoder", "semantic_projection", "query_embed")
+    assert frozen and all(any(part in name for part in parts) for name in frozen)
+
+
+def command(world: Path, output: Path, *more: str) -> list[str]:
+    return [
+        *("instructsam.train", f"data.root={world}", f"output_dir={output}", "data.turns_per_image=3"),
+        *("trainer.max_steps=2", "trainer.progress_bar=false", "trainer.checkpoint_every=0", *more),
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_two_processes_equal_one(world, tmp_path):
+    """2 ranks × batch 2 give the losses of 1 rank × batch 4."""
+    import json
+
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    one = [sys.executable, "-m", *command(world, tmp_path / "one", "trainer.per_device_batch_size=4")]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29611", "-m"]
+    two = [*launcher, *command(world, tmp_path / "two", "trainer.per_device_batch_size=2")]
+    for line in (one, two):
+        done = subprocess.run(line, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=400)
+        assert done.returncode == 0, done.stdout + done.stderr
+    rows = [
+        [json.loads(line) for line in (tmp_path / name / "losses.jsonl").read_text().splitlines()]
+        for name in ("one", "two")
+    ]
+    assert len(rows[0]) == 2
+    for a, b in zip(*rows, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
+        assert a["terms"] == pytest.approx(b["terms"], rel=1e-3, abs=1e-5)
