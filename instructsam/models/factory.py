@@ -37,7 +37,8 @@ def build_model(settings: Mapping[str, Any], seed: int = 0) -> tuple[InstructSAM
 
     Args:
         settings: keys ``tokenizer`` (folder), ``config`` (arguments of `InstructSAMConfig`; vocabulary size and token
-            ids come from the tokenizer), ``vlm_image``, ``max_length``, ``init`` (list of {checkpoint, modules}).
+            ids come from the tokenizer), ``vlm_image``, ``max_length``,
+            ``mask_resize``, ``init`` (list of {checkpoint, modules}).
         seed: of the fresh weights; the same seed gives the same weights whatever was drawn before.
     """
     tokenizer = load_tokenizer(settings["tokenizer"])
@@ -61,5 +62,6 @@ def build_model(settings: Mapping[str, Any], seed: int = 0) -> tuple[InstructSAM
         vlm_image=dict(settings.get("vlm_image") or {}),
         detector_image_size=image_size,
         max_length=settings.get("max_length", 16384),
+        mask_resize=settings.get("mask_resize", "nearest"),
     )
     return model, processor

@@ -19,7 +19,7 @@ from transformers import AutoTokenizer
 from instructsam.masks import encode_batch
 from instructsam.processing.chat import IGNORED, ChatLayout, EncodedChat
 from instructsam.processing.images import DetectorImageTransform, VLMImageTransform, load_image
-from instructsam.processing.targets import collate_targets, phrase_targets
+from instructsam.processing.targets import MASK_RESIZES, collate_targets, phrase_targets
 from instructsam.structures import Instance, Sample
 
 CONFIG_NAME = "instructsam_processor.json"
@@ -35,6 +35,7 @@ class InstructSAMProcessor:
         vlm_image: settings of `VLMImageTransform`.
         detector_image_size: side of the detector's square input in pixels.
         max_length: longest sequence in tokens.
+        mask_resize: how targets come to mask resolution, see `targets.resize_nearest`.
     """
 
     def __init__(
@@ -45,7 +46,10 @@ class InstructSAMProcessor:
         vlm_image: dict[str, Any] | None = None,
         detector_image_size: int = 1008,
         max_length: int = 16384,
+        mask_resize: str = "nearest",
     ):
+        if mask_resize not in MASK_RESIZES:
+            raise ValueError(f"mask_resize={mask_resize!r} is not one of {', '.join(MASK_RESIZES)}")
         self.tokenizer = tokenizer
         self.chat = ChatLayout(tokenizer, num_queries)
         self.num_queries = num_queries
@@ -53,12 +57,14 @@ class InstructSAMProcessor:
         self.vlm_image = VLMImageTransform(**(vlm_image or {}))
         self.detector_image = DetectorImageTransform(detector_image_size)
         self.max_length = max_length
+        self.mask_resize = mask_resize
         self._settings = {
             "num_queries": num_queries,
             "mask_size": list(self.mask_size),
             "vlm_image": dict(vlm_image or {}),
             "detector_image_size": detector_image_size,
             "max_length": max_length,
+            "mask_resize": mask_resize,
         }
 
     # ---- saving and loading --------------------------------------------------------------------------------------
@@ -139,7 +145,7 @@ class InstructSAMProcessor:
                     f"sample {sample.id}: phrase {phrase.text!r} has {len(phrase.rles)} instances, more than the "
                     f"{self.num_queries} queries of a phrase"
                 )
-        item["targets"] = [phrase_targets(phrase, self.mask_size) for phrase in phrases]
+        item["targets"] = [phrase_targets(phrase, self.mask_size, self.mask_resize) for phrase in phrases]
         item["box_only"] = [phrase.box_only for phrase in phrases]
         return item
 

@@ -14,16 +14,25 @@ from torch import Tensor
 
 from instructsam.structures import PhraseTarget
 
+MASK_RESIZES = ("nearest", "nearest-exact")
 
-def resize_nearest(masks_HWG: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Nearest resize of (H, W, G) to (h, w, G), as `F.interpolate(mode="nearest")` takes its pixels."""
+
+def resize_nearest(masks_HWG: np.ndarray, size: tuple[int, int], mode: str = "nearest") -> np.ndarray:
+    """Nearest resize of (H, W, G) to (h, w, G), taking the pixels that `F.interpolate` takes in this mode.
+
+    "nearest" (the release's) takes the first pixel of every cell, so that masks which are upsampled again lie half a
+    cell too far right and down; "nearest-exact" takes the one in the middle.
+    """
     height, width = masks_HWG.shape[:2]
-    rows = (np.arange(size[0], dtype=np.float32) * np.float32(height / size[0])).astype(np.int64)
-    columns = (np.arange(size[1], dtype=np.float32) * np.float32(width / size[1])).astype(np.int64)
+    offset = np.float32(0.5 if mode == "nearest-exact" else 0.0)
+    rows = ((np.arange(size[0], dtype=np.float32) + offset) * np.float32(height / size[0])).astype(np.int64)
+    columns = ((np.arange(size[1], dtype=np.float32) + offset) * np.float32(width / size[1])).astype(np.int64)
     return masks_HWG[rows.clip(max=height - 1)][:, columns.clip(max=width - 1)]
 
 
-def phrase_targets(target: PhraseTarget, mask_size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+def phrase_targets(
+    target: PhraseTarget, mask_size: tuple[int, int], mask_resize: str = "nearest"
+) -> tuple[Tensor, Tensor]:
     """Masks (G, h, w) bool and boxes (G, 4) float32, cxcywh in 0…1 of the image, of one phrase."""
     if not target.rles:
         return torch.zeros(0, *mask_size, dtype=torch.bool), torch.zeros(0, 4)
@@ -31,7 +40,7 @@ def phrase_targets(target: PhraseTarget, mask_size: tuple[int, int]) -> tuple[Te
     height, width = masks_HWG.shape[:2]
     boxes = coco_mask.toBbox(list(target.rles)) / np.array([width, height, width, height])
     boxes[:, :2] += boxes[:, 2:] / 2
-    masks = torch.from_numpy(resize_nearest(masks_HWG, mask_size)).permute(2, 0, 1).bool()
+    masks = torch.from_numpy(resize_nearest(masks_HWG, mask_size, mask_resize)).permute(2, 0, 1).bool()
     return masks, torch.from_numpy(boxes).float()
 
 

@@ -75,3 +75,6 @@ def test_two_nearest_resizes_agree(golden):
         for size in ((32, 32), (7, 50)):
             ours = torch.from_numpy(resize_nearest(masks.permute(1, 2, 0).numpy(), size)).permute(2, 0, 1)
             assert torch.equal(ours, resize_masks(masks, size).bool())
+            exact = torch.from_numpy(resize_nearest(masks.permute(1, 2, 0).numpy(), size, "nearest-exact"))
+            theirs = torch.nn.functional.interpolate(masks[None].float(), size=size, mode="nearest-exact")[0].bool()
+            assert torch.equal(exact.permute(2, 0, 1), theirs)
