@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,16 @@ def golden_folders() -> list[Path]:
 @pytest.fixture(params=golden_folders(), ids=lambda path: path.name)
 def golden(request) -> Path:
     return request.param
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerator():
+    """Accelerate keeps its state for the whole process; runs of other tests must not see it."""
+    yield
+    if "accelerate" in sys.modules:
+        from accelerate.state import AcceleratorState
+
+        AcceleratorState._reset_state(True)
 
 
 from tiny_fixtures import checkpoint, world  # noqa: E402, F401  (fixtures)

@@ -8,6 +8,7 @@ Shape suffixes: B batch, L sequence, P phrases, N queries, T phrase tokens, C ch
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -88,6 +89,13 @@ class InstructSAM(PreTrainedModel):
         self.post_init()
         self.freeze_unused()
 
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:  # noqa: D102 (as the parent's)
+        loaded = super().from_pretrained(*args, **kwargs)
+        # Loading puts new parameters in place of those that __init__ froze.
+        (loaded[0] if isinstance(loaded, tuple) else loaded).freeze_unused()
+        return loaded
+
     def freeze_unused(self) -> None:
         """Exclude tensors that no output depends on; they exist for the checkpoint's layout only."""
         detector = self.detector
@@ -95,6 +103,7 @@ class InstructSAM(PreTrainedModel):
             detector.text_projection,
             detector.geometry_encoder,
             detector.mask_decoder.semantic_projection,
+            detector.vision_encoder.neck.fpn_layers[-1],  # the coarsest map is dropped
         ]
         if self.config.query_mode == "replace":
             unused.append(detector.detr_decoder.query_embed)
