@@ -73,11 +73,12 @@ class InstructSAM(PreTrainedModel):
         super().__init__(config)
         vlm_config = config.vlm_config
         # A boolean mask under "eager" is silently wrong in transformers, so the language model never runs eager.
-        text_attention = "flex_attention" if config._attn_implementation == "flex_attention" else "sdpa"
-        for part, implementation in ((vlm_config, "sdpa"), (vlm_config.vision_config, "sdpa")):
-            part._attn_implementation = implementation
-        vlm_config.text_config._attn_implementation = text_attention
+        for part in (vlm_config, vlm_config.vision_config, vlm_config.text_config):
+            part._attn_implementation = "sdpa"
         self.vlm = Qwen3VLModel(vlm_config)
+        if config._attn_implementation == "flex_attention":
+            # Only afterwards: transformers does not offer it for this class, but its layers take a block mask.
+            self.vlm.language_model.config._attn_implementation = "flex_attention"
         self.lm_head: nn.Linear | None = None
         if not vlm_config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, vlm_config.text_config.vocab_size, bias=False)

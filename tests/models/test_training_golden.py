@@ -46,8 +46,8 @@ def test_every_loss_term(trained):
     _, meta, terms = trained
     names = {"language": "ce_loss", "mask_bce": "mask_bce_loss", "mask_dice": "mask_dice_loss", "cls": "cls_loss"}
     for ours, theirs in names.items():
-        assert float(terms[ours]) == pytest.approx(meta["losses"][theirs], rel=1e-4), ours
-    assert float(sum(terms.values())) == pytest.approx(meta["losses"]["loss"], rel=1e-4)
+        assert float(terms[ours].detach()) == pytest.approx(meta["losses"][theirs], rel=1e-4), ours
+    assert float(sum(terms.values()).detach()) == pytest.approx(meta["losses"]["loss"], rel=1e-4)
 
 
 def test_gradient_norms(trained):
