@@ -39,7 +39,8 @@ detector=$!
 trap 'kill "$detector" 2>/dev/null || true' EXIT
 run instructsam.train experiment=tiny_vlm output_dir="$out/vlm"
 echo "the VLM is ready; waiting for the detector (its log: $out/detector.log)"
-wait "$detector" || { tail -n 20 "$out/detector.log"; exit 1; }
+# If it did not get through (stopped, or one left over from a killed quickstart was still at work), go on in front.
+wait "$detector" || run instructsam.train experiment=tiny_detector output_dir="$out/detector"
 trap - EXIT
 
 say "training the bridge: the VLM's queries steer the detector"
