@@ -52,6 +52,9 @@ def train(settings: dict[str, Any]) -> dict[str, Any]:
         task.model.save_pretrained(folder)
         task.processor.save_pretrained(folder)
         print(f"model saved to {folder}")
+    if trainer.accelerator.num_processes > 1:
+        trainer.accelerator.wait_for_everyone()
+        trainer.accelerator.end_training()
     return summary
 
 
@@ -66,8 +69,13 @@ def main(config: DictConfig) -> None:
             summary = train(settings)
     except ValueError as error:
         sys.exit(f"error: {error}")
-    if summary["status"] == "interrupted":
-        sys.exit(130)
+    code = 130 if summary["status"] == "interrupted" else 0
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        # Everything is written. Threads of the process group sometimes abort the interpreter while it shuts down.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import signal
+import sys
 
 import torch
 from torch import nn
@@ -118,7 +119,12 @@ def main() -> None:
     trainer = toy_trainer(arguments.output_dir, dataset=dataset, at_step=at_step, **arguments.settings)
     result = trainer.run()
     print(f"rank {os.environ.get('RANK', '0')} result {json.dumps(result)}")
+    trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()
+    # Threads of the process group sometimes abort the interpreter while it shuts down, after all is done.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 if __name__ == "__main__":
