@@ -6,8 +6,8 @@ hundred hidden states instead of on all image and prompt tokens. Shape suffixes:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -60,6 +60,18 @@ def language_loss(logits_TV: Tensor, token_T: Tensor, token_count: Tensor | floa
     with torch.autocast(logits_TV.device.type, enabled=False):
         total = F.cross_entropy(logits_TV.float(), token_T, reduction="sum")
         return total / at_least_one(token_count, total)
+
+
+def answer_targets(batch: Mapping[str, Any], token_ids: Mapping[str, int]) -> LanguageTargets:
+    """`language_targets` of a batch: ``[SEG]`` and ``<|mask_end|>`` are never predicted, decoding appends them."""
+    return language_targets(batch["input_ids"], batch["labels"], [token_ids["seg"], token_ids["mask_end"]])
+
+
+def answer_loss(
+    hidden_BLC: Tensor, targets: LanguageTargets, lm_logits: Callable[[Tensor], Tensor], token_count: Tensor | float
+) -> Tensor:
+    """`language_loss` from the last hidden states; logits are computed at the trained positions only."""
+    return language_loss(lm_logits(hidden_BLC[targets.row_T, targets.position_T]), targets.token_T, token_count)
 
 
 def at_least_one(count: Tensor | float, like: Tensor) -> Tensor:

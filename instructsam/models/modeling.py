@@ -33,6 +33,12 @@ class LanguageOutput:
     all_hidden: tuple[Tensor, ...] | None = None
     image_tokens: Tensor | None = None
 
+    def query_states(self, num_layers: int) -> list[Tensor]:
+        """Hidden states (P, N, C) at the queries after each of the last `num_layers` layers."""
+        assert self.all_hidden is not None, "run the language model with output_hidden_states"
+        rows = self.phrases.row[:, None]
+        return [hidden[rows, self.phrases.queries] for hidden in self.all_hidden[-num_layers:]]
+
 
 @dataclass
 class BridgeOutput:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from instructsam.losses.criterion import SetCriterion, count_targets
-from instructsam.models.modeling import BridgeOutput, InstructSAM
+from instructsam.models.modeling import InstructSAM
 from instructsam.models.phrases import find_phrases
 from instructsam.pretraining.heads import DenseHead, cell_targets
 
@@ -85,11 +85,8 @@ class DetectorPretraining(nn.Module):
         own = model.detector.detr_decoder.query_embed.weight.expand(num_phrases, -1, -1)
         oracle = self._oracle_queries(batch["target_boxes"], batch["target_valid"], slots_PN)
         queries = torch.where(generic_P[:, None, None], oracle, own)
-        bridge = BridgeOutput(queries, model.phrase_projector(embeddings), phrases.mask, phrases.row)
-        detections = model.detector(
-            features, bridge.phrase_image_P, bridge.queries_PNC, bridge.phrase_features_PTC, bridge.phrase_mask_PT,
-            with_aux=True,
-        )  # fmt: skip
+        phrase_features = model.phrase_projector(embeddings)
+        detections = model.detector(features, phrases.row, queries, phrase_features, phrases.mask, with_aux=True)
 
         # A bonus on the oracle's pairs fixes their assignment; the others are matched freely.
         width = batch["target_valid"].shape[1]
@@ -104,8 +101,7 @@ class DetectorPretraining(nn.Module):
         error_P = F.binary_cross_entropy_with_logits(detections.semantic_logits, union_PHW, reduction="none").mean(
             (1, 2)
         )
-        plain = counts["phrases"].clamp(min=1)
-        terms["semantic"] = self.semantic_weight * (error_P * ~generic_P).sum() / plain
+        terms["semantic"] = self.semantic_weight * (error_P * ~generic_P).sum() / counts["phrases"].clamp(min=1)
         for level, (head, maps) in enumerate(zip(self.level_heads, features.maps, strict=True)):
             height, width = maps.shape[-2:]
             labels, boxes = cell_targets(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from instructsam.losses.criterion import count_targets
-from instructsam.losses.language import language_loss, language_targets
+from instructsam.losses.language import answer_loss, answer_targets
 from instructsam.losses.query_head import QueryBoxHead
 from instructsam.models.modeling import InstructSAM
 from instructsam.pretraining.heads import DenseHead, PointerHead, cell_targets
@@ -51,15 +51,13 @@ class VLMPretraining(nn.Module):
 
     def count_units(self, batch: dict[str, Any]) -> dict[str, float]:
         """Pairs, phrases, trained tokens and image tokens of a batch."""
-        targets = language_targets(batch["input_ids"], batch["labels"], self._ignored)
         image_tokens = (batch["input_ids"] == self.model.config.vlm_config.image_token_id).sum()
         counts = {name: float(value) for name, value in count_targets(batch).items()}
-        return {**counts, "tokens": float(len(targets.token_T)), "cells": float(image_tokens)}
-
-    @property
-    def _ignored(self) -> list[int]:
-        ids = self.model.config.token_ids
-        return [ids["seg"], ids["mask_end"]]
+        return {
+            **counts,
+            "tokens": float(len(answer_targets(batch, self.model.config.token_ids).token_T)),
+            "cells": float(image_tokens),
+        }
 
     def forward(self, batch: dict[str, Any], counts: dict[str, Tensor]) -> dict[str, Tensor]:
         """Weighted loss terms of a batch."""
@@ -72,12 +70,12 @@ class VLMPretraining(nn.Module):
             turn_ids=batch.get("turn_ids"),
             output_hidden_states=True,
         )
-        row, position, token = language_targets(input_ids, batch["labels"], self._ignored)
-        logits = model.lm_logits(language.hidden_BLC[row, position])
-        terms = {"language": self.lm_weight * language_loss(logits, token, counts["tokens"])}
+        targets = answer_targets(batch, model.config.token_ids)
+        spoken = answer_loss(language.hidden_BLC, targets, model.lm_logits, counts["tokens"])
+        terms = {"language": self.lm_weight * spoken}
         assert language.all_hidden is not None and language.image_tokens is not None
         phrases = language.phrases
-        hidden = [h[phrases.row[:, None], phrases.queries] for h in language.all_hidden[-self.num_layers :]]
+        hidden = language.query_states(self.num_layers)
         terms |= self.query_head(hidden, batch["target_boxes"], batch["target_valid"], counts)
         merge = model.config.vlm_config.vision_config.spatial_merge_size
         grid = batch["image_grid_thw"]

@@ -48,55 +48,40 @@ def build_task(settings: Mapping[str, Any]) -> Task:
     samples = read_coco_instructions(data["root"], data["train_split"], data["on_bad"], limit=data.get("limit"))
     objective = dict(settings["objective"])
     name = objective.pop("name")
+    if name not in OBJECTIVES:
+        raise ValueError(f"objective.name={name!r} is not one of {', '.join(OBJECTIVES)}")
+    names = ("turns_per_image", "independent_turns", "kinds")
+    options = {**{key: data[key] for key in names}, "seed": settings["seed"]}
     # Heads draw their weights here: from the run's seed alone.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings["seed"] + 1)
         if name == "instruct":
-            return _instruct(model, processor, samples, data, objective, settings["seed"])
-        if name in OBJECTIVES:
-            return _pretrain(name, model, processor, samples, data, objective, settings["seed"])
-    raise ValueError(f"objective.name={name!r} is not one of {', '.join(OBJECTIVES)}")
+            dataset = InstructionDataset(samples, processor, **options)
+            criterion = SetCriterion(CriterionConfig.from_mapping(objective.pop("criterion", {})))
+            trained = InstructionObjective(model, criterion, **objective)
+            return Task(model, processor, trained, dataset, processor.collate)
+        return _pretraining_task(name, model, processor, samples, objective, options)
 
 
-def _data_options(data: Mapping[str, Any], seed: int) -> dict[str, Any]:
-    names = ("turns_per_image", "independent_turns", "kinds")
-    return {**{name: data[name] for name in names}, "seed": seed}
-
-
-def _instruct(
-    model: InstructSAM,
-    processor: InstructSAMProcessor,
-    samples: list[Sample],
-    data: Mapping[str, Any],
-    options: dict[str, Any],
-    seed: int,
-) -> Task:
-    criterion = SetCriterion(CriterionConfig.from_mapping(options.pop("criterion", {})))
-    objective = InstructionObjective(model, criterion, **options)
-    dataset = InstructionDataset(samples, processor, **_data_options(data, seed))
-    return Task(model, processor, objective, dataset, processor.collate)
-
-
-def _pretrain(
+def _pretraining_task(
     name: str,
     model: InstructSAM,
     processor: InstructSAMProcessor,
     samples: list[Sample],
-    data: Mapping[str, Any],
+    objective: dict[str, Any],
     options: dict[str, Any],
-    seed: int,
 ) -> Task:
     from instructsam.pretraining.dataset import GroundedDataset, collate_grounded
     from instructsam.pretraining.detector import DetectorPretraining
     from instructsam.pretraining.vlm import VLMPretraining
 
-    generic = {"generic_phrase": options.pop("generic_phrase", None), "num_generic": options.pop("num_generic", 0)}
-    dataset = GroundedDataset(samples, processor, **generic, **_data_options(data, seed))
+    generic = {key: objective.pop(key) for key in ("generic_phrase", "num_generic") if key in objective}
+    dataset = GroundedDataset(samples, processor, **generic, **options)
     sizes = [len(values) for values in dataset.values.values()]
-    objective: nn.Module
+    trained: DetectorPretraining | VLMPretraining
     if name == "pretrain_detector":
-        criterion = SetCriterion(CriterionConfig.from_mapping(options.pop("criterion", {})))
-        objective = DetectorPretraining(model, criterion, sizes, **options)
+        criterion = SetCriterion(CriterionConfig.from_mapping(objective.pop("criterion", {})))
+        trained = DetectorPretraining(model, criterion, sizes, **objective)
     else:
-        objective = VLMPretraining(model, sizes, **options)
-    return Task(model, processor, objective, dataset, partial(collate_grounded, processor))
+        trained = VLMPretraining(model, sizes, **objective)
+    return Task(model, processor, trained, dataset, partial(collate_grounded, processor))

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from instructsam.losses.criterion import SetCriterion, count_targets
-from instructsam.losses.language import language_loss, language_targets
+from instructsam.losses.language import answer_loss, answer_targets
 from instructsam.losses.query_head import QueryBoxHead
 from instructsam.models.modeling import InstructSAM
 
@@ -39,16 +39,10 @@ class InstructionObjective(nn.Module):
         self.query_box_weight = query_box_weight
         self.query_head = QueryBoxHead(model.config.hidden_size, query_box_layers) if query_box_weight > 0 else None
 
-    @property
-    def _ignored(self) -> list[int]:
-        ids = self.model.config.token_ids
-        return [ids["seg"], ids["mask_end"]]
-
     def count_units(self, batch: dict[str, Any]) -> dict[str, float]:
         """Matched pairs, phrases and trained tokens of a micro batch."""
-        targets = language_targets(batch["input_ids"], batch["labels"], self._ignored)
         counts = {name: float(value) for name, value in count_targets(batch).items()}
-        return {**counts, "tokens": float(len(targets.token_T))}
+        return {**counts, "tokens": float(len(answer_targets(batch, self.model.config.token_ids).token_T))}
 
     def forward(self, batch: dict[str, Any], counts: dict[str, Tensor]) -> dict[str, Tensor]:
         """Weighted loss terms; every trainable parameter is connected to their sum, also without any mask."""
@@ -63,14 +57,12 @@ class InstructionObjective(nn.Module):
             with_aux=self.criterion.config.aux > 0,
             output_hidden_states=self.query_head is not None,
         )
-        row, position, token = language_targets(batch["input_ids"], batch["labels"], self._ignored)
-        logits = self.model.lm_logits(output.language.hidden_BLC[row, position])
-        terms = {"language": self.lm_weight * language_loss(logits, token, counts["tokens"])}
+        model, hidden_BLC = self.model, output.language.hidden_BLC
+        targets = answer_targets(batch, model.config.token_ids)
+        terms = {"language": self.lm_weight * answer_loss(hidden_BLC, targets, model.lm_logits, counts["tokens"])}
         terms |= self.criterion(output.detections, batch, counts)
         if self.query_head is not None:
-            phrases, layers = output.language.phrases, len(self.query_head.heads)
-            assert output.language.all_hidden is not None
-            hidden = [h[phrases.row[:, None], phrases.queries] for h in output.language.all_hidden[-layers:]]
+            hidden = output.language.query_states(len(self.query_head.heads))
             boxes = self.query_head(hidden, batch["target_boxes"], batch["target_valid"], counts)
             terms |= {name: self.query_box_weight * value for name, value in boxes.items()}
         return terms
