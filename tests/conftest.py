@@ -41,6 +41,8 @@ def fresh_accelerator():
         AcceleratorState._reset_state(True)
 
 
+from hub_fixtures import qwen3_vl_dir, sam3_dir, sharded_qwen3_vl_dir, sharded_sam3_dir  # noqa: E402, F401
+from pretended_hub import uploads  # noqa: E402, F401
 from tiny_fixtures import checkpoint, world  # noqa: E402, F401  (fixtures)
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoProcessor
 from transformers.configuration_utils import PretrainedConfig
 from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLConfig
 from transformers.models.sam3.configuration_sam3 import Sam3Config
 
 from instructsam.models.attention_mask import VARIANTS
+from instructsam.processing.processor import InstructSAMProcessor
+from instructsam.processing.special_tokens import QWEN_IDS, SPECIAL_TOKENS
 
 QUERY_INITS = ("zeros", "normal", "seg_token")
 QUERY_MODES = ("replace", "add")
@@ -17,16 +19,7 @@ PHRASE_FEATURES = ("embeddings", "hidden_states")
 PROJECTORS = ("mlp", "linear")
 
 # Ids in the Qwen3-VL vocabulary (DESIGN section 4).
-QWEN_TOKEN_IDS = {
-    "ref_start": 151646,
-    "ref_end": 151647,
-    "region": 151669,
-    "seg": 151670,
-    "mask_start": 151671,
-    "mask_end": 151672,
-    "eos": 151645,
-    "pad": 151643,
-}
+QWEN_TOKEN_IDS = {name: QWEN_IDS[token] for name, token in SPECIAL_TOKENS.items()}
 
 
 def _as_config(value: Any, config_class: type[PretrainedConfig], name: str) -> PretrainedConfig:
@@ -139,3 +132,4 @@ class InstructSAMConfig(PretrainedConfig):
 
 
 AutoConfig.register("instructsam", InstructSAMConfig, exist_ok=True)
+AutoProcessor.register(InstructSAMConfig, InstructSAMProcessor, exist_ok=True)

@@ -13,21 +13,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
-SPECIAL_TOKENS = {
-    "ref_start": "<|object_ref_start|>",
-    "ref_end": "<|object_ref_end|>",
-    "region": "<REGION>",
-    "seg": "[SEG]",
-    "mask_start": "<|mask_start|>",
-    "mask_end": "<|mask_end|>",
-    "eos": "<|im_end|>",
-    "pad": "<|endoftext|>",
-}
-ADDED_TOKENS = ("<REGION>", "[SEG]", "<|mask_start|>", "<|mask_end|>")
+from instructsam.processing.special_tokens import QWEN_IDS, special_token_ids
+
 IGNORED = -100
 
 
@@ -52,25 +44,22 @@ class ChatLayout:
         ValueError: the tokenizer lacks a special token (names it).
     """
 
-    tokenizer: object
+    tokenizer: Any
     num_queries: int
     token_ids: dict[str, int] = field(init=False)
 
     def __post_init__(self) -> None:
         tokenizer = self.tokenizer
-        self.token_ids = {}
-        for name, token in SPECIAL_TOKENS.items():
-            token_id = tokenizer.convert_tokens_to_ids(token)  # type: ignore[attr-defined]
-            if token_id is None or token_id == tokenizer.unk_token_id:  # type: ignore[attr-defined]
-                raise ValueError(f"the tokenizer has no token {token!r}")
-            self.token_ids[name] = token_id
-        self.image_token_id: int = tokenizer.convert_tokens_to_ids("<|image_pad|>")  # type: ignore[attr-defined]
-        self._reserved = [t for t in tokenizer.all_special_tokens if t != tokenizer.unk_token]  # type: ignore[attr-defined]
+        self.token_ids = special_token_ids(tokenizer)
+        self.image_token_id: int = tokenizer.convert_tokens_to_ids("<|image_pad|>")
+        added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+        # A word-level tokenizer's <unk> may be written; where one of ours doubles as unknown token, it may not.
+        self._reserved = [token for token in added if token != tokenizer.unk_token or token in QWEN_IDS]
         self._markup = lru_cache(maxsize=None)(self._tokenise)
         self._text = lru_cache(maxsize=65536)(self._tokenise_user_text)
 
     def _tokenise(self, text: str) -> tuple[int, ...]:
-        return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])  # type: ignore[operator]
+        return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def _tokenise_user_text(self, text: str) -> tuple[int, ...]:
         for token in self._reserved:
@@ -145,11 +134,11 @@ class ChatLayout:
                 start = k + 1
             elif token == self.token_ids["ref_end"] and start is not None:
                 if k > start and k + 1 < len(ids) and ids[k + 1] == self.token_ids["mask_start"]:
-                    found.append(self.tokenizer.decode(ids[start:k]).strip())  # type: ignore[attr-defined]
+                    found.append(self.tokenizer.decode(ids[start:k]).strip())
                 start = None
         return found
 
     def answer_text(self, answer_ids: Sequence[int]) -> str:
         """The answer as a person reads it: query blocks and end of turn removed, phrase markup kept."""
         hidden = {self.token_ids[name] for name in ("seg", "mask_start", "mask_end", "eos", "pad")}
-        return self.tokenizer.decode([i for i in answer_ids if i not in hidden]).strip()  # type: ignore[attr-defined]
+        return self.tokenizer.decode([i for i in answer_ids if i not in hidden]).strip()

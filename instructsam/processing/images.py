@@ -12,13 +12,16 @@ import math
 import os
 import struct
 import zlib
-from dataclasses import dataclass
-from typing import TypeAlias
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
+
+from instructsam.processing.preprocessor_config import config_of, read_preprocessor_config, settings_of
 
 ImageSource: TypeAlias = "str | os.PathLike[str] | Image.Image"
 
@@ -96,6 +99,29 @@ class VLMImageTransform:
             raise ValueError(
                 f"max_pixels {self.max_pixels} is less than one token of {self.factor}x{self.factor} pixels"
             )
+
+    @classmethod
+    def from_preprocessor_config(
+        cls, source: str | os.PathLike[str] | Mapping[str, Any], **overrides: Any
+    ) -> VLMImageTransform:
+        """The transform that a Qwen-VL folder asks for in its preprocessor_config.json.
+
+        Args:
+            source: folder, or the configuration itself.
+            overrides: arguments of this class that go before the configuration's (``max_pixels`` for instance).
+
+        Raises:
+            ValueError: no such file, an entry is missing or asks for something that this transform does not do
+                (names it).
+        """
+        values, where = (
+            (source, "preprocessor config") if isinstance(source, Mapping) else read_preprocessor_config(source)
+        )
+        return cls(**{**settings_of(values, where), **overrides})
+
+    def to_preprocessor_config(self) -> dict[str, Any]:
+        """The content of a preprocessor_config.json that lets Qwen-VL's own image processor do the same."""
+        return config_of(asdict(self))
 
     @property
     def factor(self) -> int:

@@ -5,34 +5,31 @@ Shape suffixes: B batch, L sequence, P phrases, N queries, H W pixels.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
-from transformers import AutoTokenizer
 
 from instructsam.masks import encode_batch
 from instructsam.processing.chat import IGNORED, ChatLayout, EncodedChat
 from instructsam.processing.images import DetectorImageTransform, VLMImageTransform, load_image
+from instructsam.processing.pretrained import PretrainedProcessor
 from instructsam.processing.targets import MASK_RESIZES, collate_targets, phrase_targets
 from instructsam.structures import Instance, Sample
 
-CONFIG_NAME = "instructsam_processor.json"
 
-
-class InstructSAMProcessor:
+class InstructSAMProcessor(PretrainedProcessor):
     """Prepares the model's inputs and reads its outputs.
 
     Args:
         tokenizer: transformers tokenizer with Qwen's special tokens and ours.
         num_queries: N.
         mask_size: (height, width) of the mask logits, for training targets.
-        vlm_image: settings of `VLMImageTransform`.
+        vlm_image: `VLMImageTransform`, or settings of one.
         detector_image_size: side of the detector's square input in pixels.
         max_length: longest sequence in tokens.
         mask_resize: how targets come to mask resolution, see `targets.resize_nearest`.
@@ -43,7 +40,7 @@ class InstructSAMProcessor:
         tokenizer: Any,
         num_queries: int,
         mask_size: tuple[int, int],
-        vlm_image: dict[str, Any] | None = None,
+        vlm_image: VLMImageTransform | Mapping[str, Any] | None = None,
         detector_image_size: int = 1008,
         max_length: int = 16384,
         mask_resize: str = "nearest",
@@ -54,34 +51,20 @@ class InstructSAMProcessor:
         self.chat = ChatLayout(tokenizer, num_queries)
         self.num_queries = num_queries
         self.mask_size = (int(mask_size[0]), int(mask_size[1]))
-        self.vlm_image = VLMImageTransform(**(vlm_image or {}))
+        if not isinstance(vlm_image, VLMImageTransform):
+            vlm_image = VLMImageTransform(**(vlm_image or {}))
+        self.vlm_image = vlm_image
         self.detector_image = DetectorImageTransform(detector_image_size)
         self.max_length = max_length
         self.mask_resize = mask_resize
         self._settings = {
             "num_queries": num_queries,
             "mask_size": list(self.mask_size),
-            "vlm_image": dict(vlm_image or {}),
+            "vlm_image": asdict(self.vlm_image),
             "detector_image_size": detector_image_size,
             "max_length": max_length,
             "mask_resize": mask_resize,
         }
-
-    # ---- saving and loading --------------------------------------------------------------------------------------
-
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write the tokenizer and the settings into a folder."""
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        self.tokenizer.save_pretrained(str(folder))
-        (Path(folder) / CONFIG_NAME).write_text(json.dumps(self._settings, indent=2) + "\n")
-
-    @classmethod
-    def from_pretrained(cls, folder: str | Path) -> InstructSAMProcessor:
-        """Read what `save_pretrained` wrote. Raises ValueError where the folder holds no processor."""
-        path = Path(folder) / CONFIG_NAME
-        if not path.exists():
-            raise ValueError(f"{folder}: no {CONFIG_NAME} there, so this is not an InstructSAM checkpoint")
-        return cls(AutoTokenizer.from_pretrained(str(folder)), **json.loads(path.read_text()))
 
     # ---- inputs --------------------------------------------------------------------------------------------------
 

@@ -13,23 +13,11 @@ from pathlib import Path
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from instructsam.processing.special_tokens import ADDED_TOKENS, QWEN_TOKENS
+
 PAD_TOKEN = "<|endoftext|>"
 EOS_TOKEN = "<|im_end|>"
 UNK_TOKEN = "<unk>"
-QWEN_TOKENS = (
-    PAD_TOKEN,
-    "<|im_start|>",
-    EOS_TOKEN,
-    "<|object_ref_start|>",
-    "<|object_ref_end|>",
-    "<|vision_start|>",
-    "<|vision_end|>",
-    "<|image_pad|>",
-    "<|video_pad|>",
-)
-"""Special tokens that Qwen3-VL's tokenizer has already."""
-ADDED_TOKENS = ("<REGION>", "[SEG]", "<|mask_start|>", "<|mask_end|>")
-"""Special tokens that this model adds, in the order of their ids."""
 BASE_WORDS = ("\n", ",", ".", "?", "!", ":", "user", "assistant", "system")
 """What the chat layout needs whatever the vocabulary."""
 

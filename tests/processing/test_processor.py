@@ -136,12 +136,3 @@ def test_post_processing(processor, seed, height, width):
 def test_threshold_is_strict(processor):
     found = processor.instances(torch.ones(1, 1, 4, 4), torch.tensor([[0.5]]), torch.rand(1, 1, 4), ["a"], (4, 4), 0.5)
     assert found == []
-
-
-def test_save_and_load(processor, tmp_path):
-    processor.save_pretrained(tmp_path)
-    again = InstructSAMProcessor.from_pretrained(tmp_path)
-    assert again.chat.token_ids == processor.chat.token_ids
-    assert again.vlm_image == processor.vlm_image and again.mask_size == processor.mask_size
-    with pytest.raises(ValueError, match="not an InstructSAM checkpoint"):
-        InstructSAMProcessor.from_pretrained(tmp_path / "nowhere")
