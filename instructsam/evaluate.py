@@ -2,6 +2,7 @@
 
     python -m instructsam.evaluate checkpoint=outputs/quickstart/checkpoint
     python -m instructsam.evaluate checkpoint=DIR data.root=DIR data.val_split=val limit=200 query_reliance=false
+    python -m instructsam.evaluate checkpoint=DIR decoding=released device=cuda dtype=bfloat16
 
 Writes metrics.json, report.md, gallery.png and predictions.jsonl to `output_dir` (default: CHECKPOINT/eval) and prints
 the table. Settings: `configs/eval.yaml`.
@@ -39,7 +40,8 @@ def evaluate(settings: dict[str, Any]) -> dict[str, Any]:
     if settings["threads"]:
         torch.set_num_threads(settings["threads"])
     checkpoint = Path(settings["checkpoint"])
-    predictor = Predictor.from_pretrained(checkpoint, settings["device"])
+    predictor = Predictor.from_pretrained(checkpoint, settings["device"], settings["dtype"], settings["decoding"])
+    dtype = predictor.model.dtype
     data = settings["data"]
     items = flatten(read_coco_instructions(data["root"], data["val_split"], data["on_bad"]), settings["limit"])
     threshold, batch_size = settings["threshold"], settings["batch_size"]
@@ -49,8 +51,10 @@ def evaluate(settings: dict[str, Any]) -> dict[str, Any]:
     reliance = query_reliance(predictor, items, records, threshold, batch_size) if settings["query_reliance"] else None
     baseline = None
     if settings["untrained"]:
-        untrained = Predictor(fresh_model(predictor.model.config, settings["seed"]), predictor.processor)
-        untrained.model.to(settings["device"])
+        fresh = fresh_model(predictor.model.config, settings["seed"])
+        for parameter in fresh.parameters():  # not `fresh.to(dtype)`: the rotary tables stay in float32
+            parameter.data = parameter.data.to(dtype)
+        untrained = Predictor(fresh.to(predictor.model.device), predictor.processor, predictor.rule)
         baseline = evaluate_records(predict(untrained, items, **options))
 
     folder = Path(settings["output_dir"] or checkpoint / "eval")
@@ -59,7 +63,7 @@ def evaluate(settings: dict[str, Any]) -> dict[str, Any]:
         file.writelines(json.dumps(record) + "\n" for record in records)
     described = {key: settings[key] for key in ("checkpoint", "data", "threshold", "limit", "max_new_tokens", "seed")}
     described["attention_variant"] = predictor.model.config.attention_variant
-    described["decoding"] = "trained"
+    described |= {"decoding": predictor.rule.name, "dtype": str(dtype).removeprefix("torch.")}
     write_report(folder, metrics, settings=described, baseline=baseline, reliance=reliance)
     write_gallery(records, folder / "gallery.png", settings["gallery_rows"])
     print_table(metrics, baseline)

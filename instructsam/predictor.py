@@ -3,6 +3,8 @@
     predictor = Predictor.from_pretrained("outputs/quickstart/checkpoint")
     prediction = predictor.segment("image.png", "the red circles")[0]
 
+``decoding="released"`` answers as the released inference code does, see `models.decoding_rules`.
+
 Shape suffixes: P phrases, N queries, C channels, H W pixels.
 """
 
@@ -16,9 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from instructsam.models.checkpoints import load_model
 from instructsam.models.decoding import decode
+from instructsam.models.decoding_rules import DEFAULT_RULE, DecodingRule, decoding_rule
 from instructsam.models.detector import ImageFeatures
+from instructsam.models.factory import load_processor
+from instructsam.models.hub import resolve
+from instructsam.models.loading import as_dtype
 from instructsam.models.modeling import BridgeOutput, InstructSAM
 from instructsam.processing.processor import InstructSAMProcessor
 from instructsam.structures import Prediction
@@ -41,17 +46,69 @@ class Understanding:
     sizes: list[tuple[int, int]]
 
 
-class Predictor:
-    """InstructSAM with its processor, ready to segment. Works on CPU and GPU, in the model's own precision."""
+def as_device(device: str | torch.device) -> torch.device:
+    """The device of that name. Raises ValueError where there is no such device on this computer."""
+    try:
+        found = torch.device(device)
+    except (RuntimeError, TypeError):
+        raise ValueError(f"device={device!r} is no device; use cpu, cuda, cuda:1 (the second GPU) or mps") from None
+    if found.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (found.index or 0) >= count:
+            there = f"only {count} there, counted from cuda:0" if count else "PyTorch finds none"
+            raise ValueError(f"device={str(device)!r}: no such NVIDIA GPU ({there}); device=cpu works everywhere")
+        return found
+    try:
+        torch.zeros(1, device=found).cpu()
+    except (RuntimeError, AssertionError, ImportError):
+        raise ValueError(
+            f"device={str(device)!r} is not there, or computes nothing; device=cpu works everywhere"
+        ) from None
+    return found
 
-    def __init__(self, model: InstructSAM, processor: InstructSAMProcessor):
+
+class Predictor:
+    """InstructSAM with its processor, ready to segment. Works on CPU and GPU, in the model's own precision.
+
+    Args:
+        model, processor: of one checkpoint.
+        decoding: ``trained`` or ``released``, for written answers and for given phrases alike.
+
+    Raises:
+        ValueError: unknown decoding.
+    """
+
+    def __init__(
+        self, model: InstructSAM, processor: InstructSAMProcessor, decoding: str | DecodingRule = DEFAULT_RULE
+    ):
+        self.rule = decoding_rule(decoding)
         self.model = model.eval()
         self.processor = processor
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, device: str | torch.device = "cpu") -> Predictor:
-        """Load a checkpoint folder. Raises ValueError where it is none, or one of another architecture."""
-        return cls(load_model(path).to(device), InstructSAMProcessor.from_pretrained(path))
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        device: str | torch.device = "cpu",
+        dtype: str | torch.dtype = "auto",
+        decoding: str | DecodingRule = DEFAULT_RULE,
+    ) -> Predictor:
+        """Load a checkpoint.
+
+        Args:
+            path: a folder or hub name, in our own layout or the released one.
+            device: where to run.
+            dtype: precision to run in: ``auto`` (as stored), ``float32``, ``bfloat16`` or ``float16``. Scores, boxes
+                and masks are worked out in float32 whatever it is.
+            decoding: see the class.
+
+        Raises:
+            ValueError: no checkpoint, one of another architecture, a device that is not there, an unknown choice.
+        """
+        rule, device, precision = decoding_rule(decoding), as_device(device), as_dtype(dtype)
+        folder = resolve(path, "InstructSAM")
+        model = InstructSAM.from_pretrained(folder, dtype=precision or "auto").to(device)
+        return cls(model, load_processor(folder, model.config), rule)
 
     def segment(
         self,
@@ -116,7 +173,13 @@ class Predictor:
         input_ids, attention_mask = batch["input_ids"], batch["attention_mask"]
         if all(answer is None for answer in phrases):
             decoded = decode(
-                self.model, input_ids, attention_mask, *vision, max_new_tokens=max_new_tokens, max_phrases=max_phrases
+                self.model,
+                input_ids,
+                attention_mask,
+                *vision,
+                max_new_tokens=max_new_tokens,
+                max_phrases=max_phrases,
+                rule=self.rule,
             )
             input_ids, language = decoded.input_ids, decoded.language
             answers_ids = [
@@ -127,7 +190,7 @@ class Predictor:
             ]
             found = [self.processor.chat.phrases_of(ids) for ids in answers_ids]
         else:
-            language = self.model.run_language_model(input_ids, attention_mask, *vision)
+            language = self.rule.run_language_model(self.model, input_ids, attention_mask, *vision)
             found = [list(answer or ()) for answer in phrases]
             answers_ids = [self.processor.chat.answer(answer) for answer in found]
         return Understanding(

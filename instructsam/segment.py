@@ -2,6 +2,7 @@
 
     python -m instructsam.segment IMAGE "instruction" --checkpoint outputs/quickstart/checkpoint
     python -m instructsam.segment IMAGE --phrase "red circles" --phrase "blue squares"
+    python -m instructsam.segment IMAGE "instruction" --decoding released --device cuda --dtype bfloat16
 
 Prints the answer with its phrases and every instance's score and box; writes an overlay (PNG) and the masks (COCO RLE,
 JSON) next to each other.
@@ -48,7 +49,7 @@ def segment(args: argparse.Namespace) -> Prediction:
     from instructsam.visualization import overlay, save_png
 
     image = load_image(args.image)
-    predictor = Predictor.from_pretrained(args.checkpoint, args.device)
+    predictor = Predictor.from_pretrained(args.checkpoint, args.device, args.dtype, args.decoding)
     prediction = predictor.segment(
         [image],
         None if args.instruction is None else [args.instruction],
@@ -81,7 +82,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--output", default="outputs/segment", help="folder for overlay and masks")
     parser.add_argument("--threshold", type=float, default=0.3, help="keep instances with a higher score")
     parser.add_argument("--max-new-tokens", type=int, default=128)
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1 ...")
+    parser.add_argument("--dtype", default="auto", help="auto (as stored; default), float32, bfloat16 or float16")
+    parser.add_argument(
+        "--decoding", default="trained", help="trained (default), or released: as the released inference code does"
+    )
     args = parser.parse_args(arguments)
     try:
         segment(args)

@@ -2,7 +2,7 @@
 
 When a row writes ``<|object_ref_end|>``, the chunk ``<|object_ref_end|><|mask_start|>[SEG]×N<|mask_end|>`` is fed at
 once; other rows of the batch feed their one token beside it, padded. The rule to honour: every hidden state equals the
-one of a teacher-forced forward over the same tokens.
+one of a single forward over the same tokens under the same `DecodingRule`; with ``trained`` that is teacher forcing.
 
 Shape suffixes: B batch, L sequence, K tokens of one step, C channels, V vocabulary.
 """
@@ -18,8 +18,8 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from instructsam.models.attention_mask import TokenLayout, dense_mask
+from instructsam.models.decoding_rules import DEFAULT_RULE, DecodingRule, decoding_rule
 from instructsam.models.modeling import InstructSAM, LanguageOutput
-from instructsam.models.phrases import find_phrases
 
 # (step, logits (B, V) with forbidden tokens at -inf) → token ids (B,)
 Chooser = Callable[[int, Tensor], Tensor]
@@ -33,7 +33,7 @@ class DecodedAnswer:
         input_ids: (B, L) int64, query blocks included.
         attention_mask: (B, L) bool.
         answer_start: (B,) int64, position of the first answer token.
-        language: hidden states and phrases, as a teacher-forced forward gives them.
+        language: hidden states and phrases, as a single forward gives them.
         finished: (B,) bool, False where a limit ended the answer.
     """
 
@@ -71,6 +71,7 @@ def decode(
     max_new_tokens: int = 128,
     max_phrases: int = 10,
     choose: Chooser = greedy,
+    rule: str | DecodingRule = DEFAULT_RULE,
 ) -> DecodedAnswer:
     """Write the answers of a batch of prompts.
 
@@ -81,23 +82,23 @@ def decode(
         max_new_tokens: limit on written tokens a row (query blocks do not count).
         max_phrases: a row that has that many phrases can start no further one.
         choose: picks the next tokens.
+        rule: ``trained`` or ``released``, see `decoding_rules`.
 
     Raises:
-        ValueError: limits below 1.
+        ValueError: limits below 1, an unknown rule.
     """
     if max_new_tokens < 1 or max_phrases < 1:
         raise ValueError(f"max_new_tokens={max_new_tokens} and max_phrases={max_phrases} must be at least 1")
+    decoder = _Decoder(model, max_phrases, choose, decoding_rule(rule))
     with _sdpa(model):
-        return _Decoder(model, max_phrases, choose).run(
-            input_ids, attention_mask.bool(), pixel_values, image_grid_thw, max_new_tokens
-        )
+        return decoder.run(input_ids, attention_mask.bool(), pixel_values, image_grid_thw, max_new_tokens)
 
 
 class _Decoder:
     """The state of one call: the cache, and for every slot of it the token, its hidden state and its layout."""
 
-    def __init__(self, model: InstructSAM, max_phrases: int, choose: Chooser):
-        self.model, self.max_phrases, self.choose = model, max_phrases, choose
+    def __init__(self, model: InstructSAM, max_phrases: int, choose: Chooser, rule: DecodingRule):
+        self.model, self.max_phrases, self.choose, self.rule = model, max_phrases, choose, rule
         self.ids = model.config.token_ids
         vlm = model.config.vlm_config
         never = ("seg", "mask_start", "mask_end", "region", "pad")
@@ -150,10 +151,11 @@ class _Decoder:
         self, input_ids: Tensor, attention_mask: Tensor, pixel_values: Tensor | None, image_grid_thw: Tensor | None
     ) -> Tensor:
         embeddings, is_image, deepstack = self.model.embed(input_ids, pixel_values, image_grid_thw)
-        positions = self.model.positions(input_ids, attention_mask, image_grid_thw)
-        self.next_position_B = positions.amax(0).masked_fill(~attention_mask, -1).amax(-1) + 1
+        positions = self.rule.positions(self.model, input_ids, attention_mask, image_grid_thw)
+        counted = positions - self.rule.lateness(input_ids, attention_mask, self.model.config)
+        self.next_position_B = counted.amax(0).masked_fill(~attention_mask, -1).amax(-1) + 1
         self.cache = DynamicCache(config=self.model.vlm.language_model.config)
-        self.layout = self.model.layout(input_ids, attention_mask)
+        self.layout = self.rule.adapt(self.model.layout(input_ids, attention_mask), input_ids, self.model.config)
         self.tokens: list[Tensor] = [input_ids]
         self.hidden: list[Tensor] = []
         extra = {"visual_pos_masks": is_image, "deepstack_visual_embeds": deepstack} if deepstack else {}
@@ -163,13 +165,15 @@ class _Decoder:
         """One step over the cache; padded positions are never seen and their results never read."""
         is_query = (chunk_BK == self.ids["seg"]) & valid_BK
         block = torch.where(is_query, num_phrases[:, None] - 1, -1)
-        self.layout = self.layout.append(TokenLayout(valid_BK, block, torch.zeros_like(valid_BK)))
+        new = TokenLayout(valid_BK, block, torch.zeros_like(valid_BK))
+        self.layout = self.layout.append(self.rule.adapt(new, chunk_BK, self.model.config))
         self.tokens.append(chunk_BK)
-        embeddings = self.model.get_input_embeddings()(chunk_BK)
+        embeddings = self.model.look_up(chunk_BK)
         # The bank goes to invalid blocks too: there it is as meaningless as anything else.
         embeddings = self.model.query_bank(embeddings, chunk_BK == self.ids["seg"])
         offsets = valid_BK.long().cumsum(-1) - 1
-        positions = (self.next_position_B[:, None] + offsets.clamp(min=0)).expand(3, -1, -1)
+        offsets = offsets.clamp(min=0) + self.rule.lateness(chunk_BK, valid_BK, self.model.config)
+        positions = (self.next_position_B[:, None] + offsets).expand(3, -1, -1)
         self.next_position_B = self.next_position_B + valid_BK.sum(-1)
         return self._forward(embeddings, positions, valid_BK, {})
 
@@ -197,6 +201,5 @@ class _Decoder:
         input_ids = input_ids.masked_fill(~attention_mask, self.ids["pad"])
         hidden = torch.cat(self.hidden, dim=1)
         hidden_BLC = hidden.gather(1, order[..., None].expand(-1, -1, hidden.shape[-1]))
-        config = self.model.config
-        phrases = find_phrases(input_ids, self.ids, config.num_queries, config.max_phrase_tokens)
-        return DecodedAnswer(input_ids, attention_mask, answer_start, LanguageOutput(hidden_BLC, phrases), finished)
+        language = LanguageOutput(hidden_BLC, self.rule.phrases(input_ids, self.model.config))
+        return DecodedAnswer(input_ids, attention_mask, answer_start, language, finished)

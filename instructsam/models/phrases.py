@@ -42,7 +42,7 @@ def find_phrases(
         input_ids: (B, L) int64.
         token_ids: ids of ref_start, ref_end, seg.
         num_queries: N.
-        max_tokens: longer phrases are cut to their first tokens.
+        max_tokens: longer phrases are cut to their first tokens (markers count, if they belong to it).
         with_markers: count ``<|object_ref_start|>`` and ``<|object_ref_end|>`` to the phrase (a quirk of the release).
 
     Raises:

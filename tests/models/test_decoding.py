@@ -1,6 +1,8 @@
-"""Decoding equals teacher forcing, and a batch equals its rows one by one (DESIGN section 7)."""
+"""Decoding equals a single forward, and a batch equals its rows one by one (DESIGN section 7)."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from hypothesis import strategies as st
 
 from instructsam.models.attention_mask import VARIANTS
 from instructsam.models.decoding import decode
+from instructsam.models.decoding_rules import RULES
 
 TOLERANCE = 1e-4
 
@@ -68,7 +71,7 @@ def scripted(meta, seed: int, rows: list[int]):
     return choose
 
 
-def run(model, tensors, meta, seed, rows):
+def run(model, tensors, meta, seed, rows, rule="trained"):
     input_ids, mask = prompts(tensors, meta, seed)
     grid = tensors["image_grid_thw"]
     patches = tensors["pixel_values"].split(grid.prod(-1).tolist())
@@ -82,6 +85,7 @@ def run(model, tensors, meta, seed, rows):
         pixel_values,
         grid[rows],
         choose=scripted(meta, seed, rows),
+        rule=rule,
     )
     return decoded, pixel_values, grid[rows]
 
@@ -106,16 +110,81 @@ def test_decoding_equals_teacher_forcing(tiny, variant, seed):
         close(ours.pred_logits, theirs.pred_logits)
 
 
+def released_by_hand(row, ids, num_queries):
+    """Position and block of every token of a row under the released rule, spelt out token by token."""
+    positions, blocks, found = list(range(len(row))), [-1] * len(row), 0
+    for k, token in enumerate(row):
+        if token == ids["ref_end"] and k + 1 < len(row) and row[k + 1] == ids["mask_start"]:
+            appended = range(k, k + num_queries + 3)
+            assert row[appended[-1]] == ids["mask_end"]
+            for j in appended:
+                positions[j] = j + 1
+            for j in appended[2:]:  # the queries and <|mask_end|>
+                blocks[j] = found
+            found += 1
+    return positions, blocks
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 @given(seed=st.integers(0, 10_000))
 @settings(deadline=None, max_examples=6, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @torch.no_grad()
-def test_a_batch_equals_its_rows(tiny, variant, seed):
+def test_released_decoding_equals_one_forward(tiny, variant, seed):
     model, meta, tensors = tiny
     model.config.attention_variant = variant
-    together, _, _ = run(model, tensors, meta, seed, [0, 1])
+    decoded, pixel_values, grid = run(model, tensors, meta, seed, [0, 1], "released")
+    valid = decoded.attention_mask
+    positions, blocks = torch.zeros_like(decoded.input_ids), torch.full_like(decoded.input_ids, -1)
+    for b, row in enumerate(decoded.input_ids):
+        by_hand = released_by_hand(row[valid[b]].tolist(), meta["tokens"], meta["num_queries"])
+        positions[b, valid[b]], blocks[b, valid[b]] = map(torch.tensor, by_hand)
+    forced = model.run_language_model(
+        decoded.input_ids,
+        valid,
+        pixel_values,
+        grid,
+        position_ids=positions.expand(3, -1, -1),
+        layout=replace(model.layout(decoded.input_ids, valid), block=blocks),
+    )
+    close(decoded.language.hidden_BLC[valid], forced.hidden_BLC[valid])
+    single = RULES["released"].run_language_model(model, decoded.input_ids, valid, pixel_values, grid)
+    close(single.hidden_BLC[valid], forced.hidden_BLC[valid])
+    ours, theirs = decoded.language.phrases, forced.phrases
+    assert torch.equal(ours.queries, theirs.queries) and torch.equal(single.phrases.tokens, ours.tokens)
+    for tokens, mask, inner, inner_mask in zip(ours.tokens, ours.mask, theirs.tokens, theirs.mask, strict=True):
+        first, last = int(inner[0]) - 1, int(inner[inner_mask][-1]) + 1
+        assert tokens[mask].tolist() == list(range(first, last + 1))
+
+
+def test_the_markers_count_to_the_limit_of_a_phrase(tiny):
+    model, meta, _ = tiny
+    ids = meta["tokens"]
+    block = [ids["mask_start"], *[ids["seg"]] * meta["num_queries"], ids["mask_end"]]
+    row = torch.tensor([[7, ids["ref_start"], *[20] * 40, ids["ref_end"], *block]])
+    limit = model.config.max_phrase_tokens
+    for name, first in (("trained", 2), ("released", 1)):
+        phrases = RULES[name].phrases(row, model.config)
+        assert phrases.tokens[0, phrases.mask[0]].tolist() == list(range(first, first + limit))
+
+
+def test_unknown_rule(tiny):
+    model, meta, tensors = tiny
+    input_ids, mask = prompts(tensors, meta, 0)
+    with pytest.raises(ValueError, match="decoding='publishd' is not one of trained, released"):
+        decode(model, input_ids, mask, tensors["pixel_values"], tensors["image_grid_thw"], rule="publishd")
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("variant", VARIANTS)
+@given(seed=st.integers(0, 10_000))
+@settings(deadline=None, max_examples=6, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@torch.no_grad()
+def test_a_batch_equals_its_rows(tiny, variant, rule, seed):
+    model, meta, tensors = tiny
+    model.config.attention_variant = variant
+    together, _, _ = run(model, tensors, meta, seed, [0, 1], rule)
     for row in (0, 1):
-        alone, _, _ = run(model, tensors, meta, seed, [row])
+        alone, _, _ = run(model, tensors, meta, seed, [row], rule)
         valid = together.attention_mask[row]
         assert torch.equal(together.input_ids[row, valid], alone.input_ids[0, alone.attention_mask[0]])
         close(together.language.hidden_BLC[row, valid], alone.language.hidden_BLC[0, alone.attention_mask[0]])

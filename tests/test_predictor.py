@@ -1,0 +1,223 @@
+"""The predictor's choices: decoding rule, precision, device; the commands that pass them on."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_fixtures import settings_of
+
+from instructsam import predictor as predictor_module
+from instructsam import segment as segment_command
+from instructsam.evaluate import evaluate
+from instructsam.models.checkpoints import fresh_model
+from instructsam.models.configuration import InstructSAMConfig
+from instructsam.models.decoding import decode
+from instructsam.models.decoding_rules import RULES
+from instructsam.predictor import Predictor
+
+PHRASES = [["red circles"], ["stars", "large blue squares"]]
+INSTRUCTIONS = ["the red circles", "stars and large blue squares"]
+
+
+@pytest.fixture(scope="module")
+def images(world) -> list[Path]:
+    return sorted((world / "val" / "images").glob("*.png"))[:2]
+
+
+def write(monkeypatch, predictor: Predictor, phrases) -> list[str]:
+    """Let the model write these phrases of every row (of every batch alike), whatever it would choose itself.
+
+    Returns the names of the rules of all later calls.
+    """
+    chat = predictor.processor.chat
+    appended = {chat.token_ids[name] for name in ("mask_start", "seg", "mask_end")}
+    answers = [[token for token in chat.answer(row) if token not in appended] for row in phrases]
+    eos = chat.token_ids["eos"]
+
+    def choose(step, logits):
+        rows = [answers[k % len(answers)] for k in range(len(logits))]
+        return torch.tensor([row[step] if step < len(row) else eos for row in rows])
+
+    used: list[str] = []
+
+    def scripted(*args, rule, **options):
+        used.append(rule.name)
+        return decode(*args, rule=rule, choose=choose, **options)
+
+    monkeypatch.setattr(predictor_module, "decode", scripted)
+    return used
+
+
+def all_scores(predictions) -> list[list[float]]:
+    return [[instance.score for instance in prediction.instances] for prediction in predictions]
+
+
+@pytest.mark.parametrize("decoding", RULES)
+def test_given_phrases_equal_written_ones(decoding, checkpoint, images, monkeypatch):
+    predictor = Predictor.from_pretrained(checkpoint, decoding=decoding)
+    given = predictor.understand(images, INSTRUCTIONS, PHRASES)
+    write(monkeypatch, predictor, PHRASES)
+    written = predictor.understand(images, INSTRUCTIONS, [None, None])
+    assert given.phrases == written.phrases == PHRASES
+    assert given.answers == written.answers
+    for name in ("queries_PNC", "phrase_features_PTC"):
+        torch.testing.assert_close(getattr(given.bridge, name), getattr(written.bridge, name), rtol=1e-4, atol=1e-5)
+    assert torch.equal(given.bridge.phrase_mask_PT, written.bridge.phrase_mask_PT)
+    for one, other in zip(predictor.detect(given, 0.0), predictor.detect(written, 0.0), strict=True):
+        assert [i.score for i in one.instances] == pytest.approx([i.score for i in other.instances], abs=1e-4)
+
+
+def test_the_rules_differ(checkpoint, images):
+    """By default it is `trained`; the released rule reads two more tokens a phrase and gives other queries."""
+    found = {}
+    for decoding in (None, "trained", "released"):
+        choice = {} if decoding is None else {"decoding": decoding}
+        found[decoding] = Predictor.from_pretrained(checkpoint, **choice).understand(images, INSTRUCTIONS, PHRASES)
+    bridges = {decoding: understanding.bridge for decoding, understanding in found.items()}
+    assert torch.equal(bridges[None].queries_PNC, bridges["trained"].queries_PNC)
+    lengths = {decoding: bridge.phrase_mask_PT.sum(-1) for decoding, bridge in bridges.items()}
+    assert torch.equal(lengths["released"], lengths["trained"] + 2)
+    difference = bridges["released"].queries_PNC - bridges["trained"].queries_PNC
+    assert float(difference.abs().max() / bridges["trained"].queries_PNC.abs().max()) > 1e-3
+
+
+@pytest.mark.parametrize("decoding", RULES)
+@pytest.mark.parametrize("dtype", ["bfloat16", torch.float16])
+def test_half_precision(dtype, decoding, checkpoint, images, monkeypatch):
+    """Scores of both ways to an answer stay near those of float32; masks and boxes come out."""
+    exact = Predictor.from_pretrained(checkpoint, dtype="float32", decoding=decoding)
+    half = Predictor.from_pretrained(checkpoint, dtype=dtype, decoding=decoding)
+    assert half.model.dtype == (torch.bfloat16 if dtype == "bfloat16" else torch.float16)
+    expected = all_scores(exact.segment(images, INSTRUCTIONS, phrases=PHRASES, threshold=0.0))
+    given = half.segment(images, INSTRUCTIONS, phrases=PHRASES, threshold=0.0)
+    write(monkeypatch, half, PHRASES)
+    written = half.segment(images, INSTRUCTIONS, threshold=0.0)
+    for predictions in (given, written):
+        for scores, wanted in zip(all_scores(predictions), expected, strict=True):
+            assert sorted(scores) == pytest.approx(sorted(wanted), abs=0.02)
+        assert all(i.rle["size"] == [96, 96] for p in predictions for i in p.instances)
+    stored = Predictor.from_pretrained(checkpoint)
+    assert stored.model.dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_of_the_ablations(dtype, checkpoint, images):
+    """Every part that a configuration can add runs in half precision too."""
+    exact = Predictor.from_pretrained(checkpoint)
+    changed = {"presence_token": True, "query_mode": "add", "phrase_features": "hidden_states", "projector": "linear"}
+    config = InstructSAMConfig.from_dict({**exact.model.config.to_dict(), **changed})
+    scores = []
+    for precision in (torch.float32, getattr(torch, dtype)):
+        model = fresh_model(config, seed=0)
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(precision)
+        predictor = Predictor(model, exact.processor, "released")
+        scores.append(all_scores(predictor.segment(images, INSTRUCTIONS, phrases=PHRASES, threshold=0.0)))
+    for one, other in zip(*scores, strict=True):
+        assert sorted(one) == pytest.approx(sorted(other), abs=0.02)
+
+
+@pytest.mark.parametrize(
+    ("choice", "message"),
+    [
+        ({"decoding": "publishd"}, "decoding='publishd' is not one of trained, released"),
+        ({"decoding": None}, "decoding=None is not one of trained, released"),
+        ({"dtype": "int8"}, "dtype='int8' is not one of auto, float32, bfloat16, float16"),
+        ({"dtype": torch.float64}, "dtype=torch.float64 is not one of"),
+        ({"device": "gpu"}, "device='gpu' is no device"),
+        ({"device": "cuda:99"}, "device='cuda:99': no such NVIDIA GPU"),
+        ({"device": "meta"}, "device='meta' is not there"),
+    ],
+)
+def test_choices_that_cannot_work(choice, message, checkpoint):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        Predictor.from_pretrained(checkpoint, **choice)
+
+
+def test_no_gpu_is_said_in_plain_words(checkpoint, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match=r"device='cuda': no such NVIDIA GPU \(PyTorch finds none\)"):
+        Predictor.from_pretrained(checkpoint, "cuda")
+
+
+def test_a_wrong_choice_is_found_before_anything_is_loaded():
+    with pytest.raises(ValueError, match="decoding='x'"):
+        Predictor.from_pretrained("nowhere", decoding="x")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_on_a_gpu(dtype, checkpoint, images):
+    expected = Predictor.from_pretrained(checkpoint).segment(images, INSTRUCTIONS, phrases=PHRASES, threshold=0.0)
+    predictor = Predictor.from_pretrained(checkpoint, "cuda", dtype)
+    found = predictor.segment(images, INSTRUCTIONS, phrases=PHRASES, threshold=0.0)
+    for scores, wanted in zip(all_scores(found), all_scores(expected), strict=True):
+        assert sorted(scores) == pytest.approx(sorted(wanted), abs=0.02)
+
+
+# ---- the commands -----------------------------------------------------------------------------------------------
+
+
+def test_evaluate_honours_and_records_the_choices(checkpoint, world, tmp_path, monkeypatch):
+    used = write(monkeypatch, Predictor.from_pretrained(checkpoint), [["red circles"], ["stars"]])
+    runs = {
+        "default": [],
+        "released": ["decoding=released"],
+        "half": ["decoding=released", "dtype=bfloat16", "untrained=true"],
+    }
+    scores = {}
+    for name, overrides in runs.items():
+        settings = settings_of(
+            "eval",
+            f"checkpoint={checkpoint}",
+            f"data.root={world}",
+            f"output_dir={tmp_path / name}",
+            "limit=6",
+            "threshold=0.0",
+            "max_new_tokens=8",
+            "gallery_rows=1",
+            *overrides,
+        )
+        used.clear()
+        evaluate(settings)
+        # With `untrained` the fresh model answers beside the checkpoint, by the same rule.
+        assert used == ["trained" if name == "default" else "released"] * (2 if name == "half" else 1)
+        described = json.loads((tmp_path / name / "metrics.json").read_text())["settings"]
+        assert described["decoding"] == ("trained" if name == "default" else "released")
+        assert described["dtype"] == ("bfloat16" if name == "half" else "float32")
+        lines = (tmp_path / name / "predictions.jsonl").read_text().splitlines()
+        scores[name] = torch.tensor([json.loads(line)["pred_scores"] for line in lines])
+    assert float((scores["default"] - scores["released"]).abs().max()) > 1e-3
+    torch.testing.assert_close(scores["half"], scores["released"], rtol=0, atol=0.02)
+
+
+def test_segment_honours_the_choices(checkpoint, images, tmp_path):
+    scores = {}
+    runs = {"default": [], "trained": ["--decoding", "trained"], "released": ["--decoding", "released"]}
+    runs["half"] = ["--decoding", "released", "--dtype", "bfloat16"]
+    for name, choice in runs.items():
+        arguments = [str(images[0]), "--phrase", "red circles", "--threshold", "0.0", "--checkpoint", str(checkpoint)]
+        segment_command.main([*arguments, "--output", str(tmp_path / name), *choice])
+        result = json.loads((tmp_path / name / f"{images[0].stem}.json").read_text())
+        scores[name] = [instance["score"] for instance in result["instances"]]
+    assert scores["default"] == scores["trained"] != scores["released"]
+    assert scores["half"] != scores["released"]
+    assert scores["half"] == pytest.approx(scores["released"], abs=0.02)
+
+
+@pytest.mark.parametrize(
+    ("choice", "message"),
+    [
+        (["--decoding", "publishd"], "error: decoding='publishd' is not one of trained, released"),
+        (["--dtype", "int8"], "error: dtype='int8' is not one of auto"),
+        (["--device", "gpu"], "error: device='gpu' is no device"),
+    ],
+)
+def test_wrong_choices_of_the_command_are_one_line(choice, message, checkpoint, images, tmp_path):
+    with pytest.raises(SystemExit) as caught:
+        segment_command.main([str(images[0]), "x", "--checkpoint", str(checkpoint), "--output", str(tmp_path), *choice])
+    assert str(caught.value).startswith(message) and "\n" not in str(caught.value)
