@@ -23,7 +23,7 @@ MAX_LINES = 600
 FLOOR = {"structures", "masks"}
 RECORDS = {"evaluation.metrics", "evaluation.average_precision", "evaluation.report"}  # usable without torch
 PARTS = FLOOR | {"processing", "models", "losses", "data", "visualization", "predictor", "evaluation"}
-ENTRY_POINTS = {"train", "evaluate", "segment", "demo", "make_tiny_world", "prepare"}
+ENTRY_POINTS = {"train", "evaluate", "segment", "demo", "merge", "export", "make_tiny_world", "prepare"}
 
 # What each part may import besides itself. A module belongs to the longest name that fits it.
 ALLOWED: dict[str, set[str]] = {

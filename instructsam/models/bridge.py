@@ -18,13 +18,14 @@ class QueryBank(nn.Module):
         self.weight = nn.Parameter(torch.zeros(num_queries, hidden_size))
 
     @torch.no_grad()
-    def initialise(self, how: str, std: float, seg_embedding: Tensor) -> None:
+    def initialise(self, how: str, std: float, seg_embedding: Tensor | None) -> None:
         """Fill the bank: ``zeros``, ``normal`` with `std`, or copies of ``[SEG]``'s embedding (C,)."""
         if how == "zeros":
             self.weight.zero_()
         elif how == "normal":
             self.weight.normal_(std=std)
         else:
+            assert seg_embedding is not None
             self.weight.copy_(seg_embedding.expand_as(self.weight))
 
     def forward(self, embeddings_BLC: Tensor, is_query_BL: Tensor) -> Tensor:

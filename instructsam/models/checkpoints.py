@@ -1,46 +1,17 @@
-"""Model folders: saving whole, loading strictly, taking parts of one checkpoint into another."""
+"""New weights, parts of one checkpoint taken into another model, and checkpoint folders that appear when complete."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 
 from instructsam.models.configuration import InstructSAMConfig
 from instructsam.models.modeling import InstructSAM
-
-
-def load_model(path: str | Path, dtype: torch.dtype | None = None) -> InstructSAM:
-    """Load a folder written by ``save_pretrained``; every tensor must be there and fit.
-
-    Raises:
-        ValueError: no such folder, not a checkpoint, another architecture, missing or unexpected tensors (named).
-    """
-    path = Path(path)
-    config_file = path / "config.json"
-    if not config_file.exists():
-        raise ValueError(f"{path}: no config.json there, so this is not a checkpoint folder")
-    try:
-        model_type = json.loads(config_file.read_text()).get("model_type")
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{config_file}: not valid JSON ({error})") from error
-    if model_type != InstructSAMConfig.model_type:
-        raise ValueError(f"{path}: holds a {model_type!r} model, not {InstructSAMConfig.model_type!r}")
-    try:
-        model, report = InstructSAM.from_pretrained(path, dtype=dtype or "auto", output_loading_info=True)
-    except (SafetensorError, OSError, RuntimeError) as error:
-        raise ValueError(f"{path}: weights cannot be loaded: {error}") from error
-    problems = [
-        f"{len(report[kind])} {kind.replace('_', ' ')} (first: {sorted(map(str, report[kind]))[0]})"
-        for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
-        if report.get(kind)
-    ]
-    if problems:
-        raise ValueError(f"{path}: the tensors do not fit the configuration: {'; '.join(problems)}")
-    return model
 
 
 def fresh_model(config: InstructSAMConfig, seed: int) -> InstructSAM:
@@ -61,7 +32,7 @@ def take_modules(model: InstructSAM, path: str | Path, modules: Sequence[str]) -
     Raises:
         ValueError: unknown module, tensors of another shape (names module and path).
     """
-    source = load_model(path)
+    source = InstructSAM.from_pretrained(path)
     for name in modules:
         if name not in dict(model.named_children()) or name not in dict(source.named_children()):
             raise ValueError(
@@ -72,3 +43,22 @@ def take_modules(model: InstructSAM, path: str | Path, modules: Sequence[str]) -
         except RuntimeError as error:
             first_line = str(error).splitlines()[-1].strip()
             raise ValueError(f"init from {path}: module {name!r} does not fit: {first_line}") from error
+
+
+@contextmanager
+def new_folder(output: str | Path) -> Iterator[Path]:
+    """A folder to write into, which takes the name `output` when the block ends, and is removed if it fails.
+
+    Raises:
+        ValueError: `output` exists and is not an empty folder; a checkpoint is never overwritten.
+    """
+    output = Path(output)
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ValueError(f"{output}: exists and is not an empty folder; name another one, or remove it")
+    unfinished = output.with_name(f".{output.name}.{os.getpid()}.tmp")
+    unfinished.mkdir(parents=True)
+    try:
+        yield unfinished
+        unfinished.rename(output)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)

@@ -129,7 +129,9 @@ class InstanceQueryDecoder(Sam3DetrDecoder):
             logits (layers, P, 1) or None.
         """
         skip = int(self.has_presence_token)
-        boxes = self.reference_points.weight.sigmoid().expand(queries_PNC.shape[0], -1, -1)
+        # Boxes are refined in float32 whatever the weights: bfloat16 tells 1/256 of the picture apart, no less.
+        points = self.reference_points.weight
+        boxes = points.float().sigmoid().expand(queries_PNC.shape[0], -1, -1)
         states = queries_PNC
         if self.has_presence_token:
             token = self.presence_token.weight.expand(queries_PNC.shape[0], 1, -1).to(states.dtype)
@@ -143,7 +145,7 @@ class InstanceQueryDecoder(Sam3DetrDecoder):
         all_states, all_boxes, all_presence = [], [], []
         for layer in self.layers:
             query_pos = self.ref_point_head(self.position_encoding.encode_boxes(boxes).to(states.dtype))
-            bias = self._get_rpb_matrix(boxes, spatial_shape).to(states.dtype)
+            bias = self._get_rpb_matrix(boxes.to(points.dtype), spatial_shape).to(states.dtype)
             states = layer(
                 states,
                 query_pos=query_pos,
@@ -155,7 +157,7 @@ class InstanceQueryDecoder(Sam3DetrDecoder):
                 vision_cross_attn_mask=F.pad(bias, (0, 0, skip, 0)),
             )
             normed = self.output_layer_norm(states[:, skip:])
-            refined = (self.box_head(normed) + inverse_sigmoid(boxes)).sigmoid()
+            refined = (self.box_head(normed).float() + inverse_sigmoid(boxes)).sigmoid()
             boxes = refined.detach()
             all_states.append(normed)
             all_boxes.append(refined)
@@ -186,6 +188,16 @@ class InstanceDetector(Sam3PreTrainedModel):
         self.mask_decoder = Sam3MaskDecoder(config.mask_decoder_config)
         self.dot_product_scoring = Sam3DotProductScoring(config)
         self.post_init()
+
+    def exact_positions(self) -> None:
+        """Have the vision encoder's position tables in float32, whatever the precision of the weights.
+
+        transformers casts them with the weights when it loads; in bfloat16 positions would be off by up to 1/16 patch.
+        """
+        for layer in self.vision_encoder.backbone.layers:
+            if hasattr(layer, "precompute_positions"):
+                exact = layer.precompute_positions(layer.config, layer.window_size)
+                layer.position_ids = layer.position_ids.float().copy_(exact)
 
     def encode_image(self, pixel_values: Tensor) -> ImageFeatures:
         """Vision encoder and neck. pixel_values (B, 3, S, S) → maps (B, C, H, W); the neck's coarsest map is unused."""

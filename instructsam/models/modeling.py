@@ -7,6 +7,7 @@ Shape suffixes: B batch, L sequence, P phrases, N queries, T phrase tokens, C ch
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +22,16 @@ from instructsam.models.attention_mask import TokenLayout, block_mask, dense_mas
 from instructsam.models.bridge import QueryBank, build_projector
 from instructsam.models.configuration import InstructSAMConfig
 from instructsam.models.detector import DetectorOutput, ImageFeatures, InstanceDetector
+from instructsam.models.hub import resolve
+from instructsam.models.layouts import RELEASED
+from instructsam.models.loading import LoadReport
+from instructsam.models.lora import has_adapter, load_adapter
+from instructsam.models.own_layout import layout_of, load_own
 from instructsam.models.phrases import PhraseIndex, find_phrases
+from instructsam.models.released import load_released
+from instructsam.processing.hub import HUB_OPTIONS
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -68,6 +78,7 @@ class InstructSAM(PreTrainedModel):
 
     config_class = InstructSAMConfig
     config: InstructSAMConfig
+    load_report: LoadReport | None = None
     base_model_prefix = "instructsam"
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
@@ -97,11 +108,33 @@ class InstructSAM(PreTrainedModel):
         self.freeze_unused()
 
     @classmethod
-    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:  # noqa: D102 (as the parent's)
-        loaded = super().from_pretrained(*args, **kwargs)
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """Load a folder or hub repository in our own layout or in the released one; `load_report` says which it was.
+
+        Strict, whichever it is. LoRA weights in the subfolder ``adapter`` of our own layout are put in place. Further
+        arguments are transformers' own; of them the released layout takes ``dtype`` (default "auto": as stored),
+        ``attn_implementation`` and ``output_loading_info``.
+
+        Raises:
+            ValueError: nothing there, not an InstructSAM; missing, unexpected or mis-shaped tensors (named).
+        """
+        hub = {name: kwargs.pop(name) for name in HUB_OPTIONS if name in kwargs}
+        folder = resolve(pretrained_model_name_or_path, "InstructSAM", **hub)
+        wants_info = kwargs.pop("output_loading_info", False)
+        if layout_of(folder) == RELEASED.name:
+            model, report = load_released(cls, folder, *args, **kwargs)
+            info: dict[str, Any] = {key: set() for key in ("missing_keys", "unexpected_keys", "mismatched_keys")}
+            logger.warning("%s", report)  # not the usual case, so it is said aloud
+        else:
+            model, info, report = load_own(super().from_pretrained, folder, **kwargs)
+            logger.info("%s", report)
+            model.detector.exact_positions()
         # Loading puts new parameters in place of those that __init__ froze.
-        (loaded[0] if isinstance(loaded, tuple) else loaded).freeze_unused()
-        return loaded
+        model.freeze_unused()
+        if has_adapter(folder):
+            load_adapter(model, folder)
+        model.load_report = report
+        return (model, info) if wants_info else model
 
     def freeze_unused(self) -> None:
         """Exclude tensors that no output depends on; they exist for the checkpoint's layout only."""
@@ -121,7 +154,9 @@ class InstructSAM(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if isinstance(module, QueryBank):
-            seg = self.get_input_embeddings().weight[self.config.token_ids["seg"]]
+            seg = None
+            if self.config.query_init == "seg_token":
+                seg = self.get_input_embeddings().weight[self.config.token_ids["seg"]]
             module.initialise(self.config.query_init, self.config.initializer_range, seg)
 
     def get_input_embeddings(self) -> nn.Embedding:
@@ -154,11 +189,20 @@ class InstructSAM(PreTrainedModel):
         shift = torch.where(turn_ids > 0, first.gather(1, turn_ids) - first[:, 1:2], 0)
         return position_ids - torch.where(attention_mask.bool(), shift, 0)
 
+    def look_up(self, input_ids: Tensor) -> Tensor:
+        """Token embeddings (..., C) of ids (...).
+
+        Look-ups are not autocast, and in float32 they would keep the whole residual stream there: so this does it.
+        """
+        embeddings = self.get_input_embeddings()(input_ids)
+        device = embeddings.device.type
+        return embeddings.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else embeddings
+
     def embed(
         self, input_ids: Tensor, pixel_values: Tensor | None, image_grid_thw: Tensor | None
     ) -> tuple[Tensor, Tensor, list[Tensor]]:
         """Token embeddings (B, L, C) with image features and query bank in place, image mask (B, L), deepstack maps."""
-        embeddings = self.get_input_embeddings()(input_ids)
+        embeddings = self.look_up(input_ids)
         is_image = input_ids == self.config.vlm_config.image_token_id
         deepstack: list[Tensor] = []
         if pixel_values is not None:
@@ -191,14 +235,22 @@ class InstructSAM(PreTrainedModel):
         position_ids: Tensor | None = None,
         turn_ids: Tensor | None = None,
         output_hidden_states: bool = False,
+        layout: TokenLayout | None = None,
+        phrases: PhraseIndex | None = None,
     ) -> LanguageOutput:
-        """The VLM over a whole sequence, answer included, under the hybrid mask."""
+        """The VLM over a whole sequence, answer included, under the hybrid mask.
+
+        `position_ids`, `layout` and `phrases` are read off the tokens if not given (other rules: `decoding_rules`).
+        """
         attention_mask = attention_mask.bool()
-        phrases = find_phrases(input_ids, self.config.token_ids, self.config.num_queries, self.config.max_phrase_tokens)
+        if phrases is None:
+            config = self.config
+            phrases = find_phrases(input_ids, config.token_ids, config.num_queries, config.max_phrase_tokens)
         embeddings, is_image, deepstack = self.embed(input_ids, pixel_values, image_grid_thw)
         if position_ids is None:
             position_ids = self.positions(input_ids, attention_mask, image_grid_thw, turn_ids)
-        layout = self.layout(input_ids, attention_mask, turn_ids)
+        if layout is None:
+            layout = self.layout(input_ids, attention_mask, turn_ids)
         flex = self.vlm.language_model.config._attn_implementation == "flex_attention"
         build_mask = block_mask if flex else dense_mask
         output = self.vlm.language_model(
