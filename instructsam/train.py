@@ -4,6 +4,7 @@
     python -m instructsam.train experiment=tiny_detector           # the quickstart's three runs, one after the other
     python -m instructsam.train experiment=tiny_vlm
     python -m instructsam.train experiment=tiny_world
+    python -m instructsam.train experiment=stage1 data.root=...    # the release's recipe on Qwen3-VL-2B and SAM 3
     accelerate launch --num_processes 8 -m instructsam.train ...   # many GPUs
     python -m instructsam.train debug=limit                        # two steps of everything
 
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, cast
@@ -28,10 +30,13 @@ from instructsam.training.lock import exclusive
 
 def train(settings: dict[str, Any]) -> dict[str, Any]:
     """Run one training as configured; returns the trainer's summary. See `training.trainer.Trainer.run`."""
+    from instructsam.models.lora import save_with_adapter
     from instructsam.training.build import build_task
     from instructsam.training.optim import OptimConfig
+    from instructsam.training.precision import dtype_of
     from instructsam.training.trainer import Trainer, TrainerConfig
 
+    save_dtype = dtype_of(settings["save_dtype"], "save_dtype")
     if settings["threads"]:
         torch.set_num_threads(settings["threads"])
     task = build_task(settings)
@@ -45,11 +50,11 @@ def train(settings: dict[str, Any]) -> dict[str, Any]:
         evaluate = periodic_evaluation(task, settings)
     fingerprint = {key: settings[key] for key in ("model", "data", "objective")}
     optim = OptimConfig.from_dict(settings["optim"])
-    trainer = Trainer(config, task.objective, task.dataset, task.collate, optim, evaluate, fingerprint)
+    trainer = Trainer(config, task.objective, task.dataset, task.collate, optim, evaluate, fingerprint, task.group_by)
     summary = trainer.run()
     if summary["status"] != "interrupted" and trainer.accelerator.is_main_process:
         folder = Path(settings["output_dir"]) / "checkpoint"
-        task.model.save_pretrained(folder)
+        save_with_adapter(task.model, folder, save_dtype)
         task.processor.save_pretrained(folder)
         print(f"model saved to {folder}")
     if trainer.accelerator.num_processes > 1:
@@ -58,8 +63,19 @@ def train(settings: dict[str, Any]) -> dict[str, Any]:
     return summary
 
 
+def missing_keys(values: Any, prefix: str = "") -> Iterator[str]:
+    """Keys without a value (???) in a nested configuration; OmegaConf's own cannot where others refer to them."""
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from missing_keys(value, f"{prefix}{key}.")
+        elif value == "???":
+            yield f"{prefix}{key}"
+
+
 @hydra.main(config_path=CONFIGS, config_name="train", version_base="1.3")
 def main(config: DictConfig) -> None:
+    if missing := list(missing_keys(OmegaConf.to_container(config))):
+        sys.exit(f"error: not given: {', '.join(f'{key}=...' for key in missing)}")
     settings = cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))
     first = int(os.environ.get("RANK", 0)) == 0
     try:

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import re
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from tiny_fixtures import CONFIGS, settings_of
 
+from instructsam.losses.criterion import CriterionConfig
 from instructsam.models.configuration import InstructSAMConfig
+from instructsam.models.factory import SETTINGS
+from instructsam.models.lora import LoraSettings
 from instructsam.training.build import OBJECTIVES
+from instructsam.training.checkpointing import fingerprint_differences
 from instructsam.training.optim import OptimConfig
+from instructsam.training.precision import DTYPES
 from instructsam.training.trainer import TrainerConfig
 
 
@@ -24,13 +33,27 @@ GROUPS = [
 ]
 
 
-@pytest.mark.parametrize("override", GROUPS)
-def test_training_configurations(override):
-    settings = settings_of("train", override)
+def check(settings: dict) -> None:
     TrainerConfig.from_dict({**settings["trainer"], "seed": settings["seed"], "output_dir": settings["output_dir"]})
     OptimConfig.from_dict(settings["optim"])
     InstructSAMConfig(**settings["model"]["config"])
+    CriterionConfig.from_mapping(settings["objective"].get("criterion", {}))
+    if settings["model"]["lora"] is not None:
+        LoraSettings.from_mapping(settings["model"]["lora"])
+    assert set(settings["model"]) <= SETTINGS
     assert settings["objective"]["name"] in OBJECTIVES
+    assert settings["save_dtype"] in DTYPES
+
+
+@pytest.mark.parametrize("override", GROUPS)
+def test_training_configurations(override):
+    check(settings_of("train", "data.root=somewhere", override))
+
+
+@pytest.mark.parametrize("debug", choices("debug"))
+@pytest.mark.parametrize("experiment", choices("experiment"))
+def test_experiments_can_be_debugged(experiment, debug):
+    check(settings_of("train", f"experiment={experiment}", "data.root=somewhere", f"debug={debug}"))
 
 
 @pytest.mark.parametrize("choice", choices("data"))
@@ -40,5 +63,24 @@ def test_evaluation_configuration(choice):
 
 
 @pytest.mark.parametrize("path", sorted((CONFIGS / "experiment").glob("*.yaml")), ids=lambda p: p.stem)
-def test_experiments_state_their_command(path: Path):
-    assert f"python -m instructsam.train experiment={path.stem}" in path.read_text()
+def test_experiments_state_their_commands(path: Path):
+    """Each runs from the repository's root as it stands there, at least as far as settings go."""
+    comment = "\n".join(line.removeprefix("#") for line in path.read_text().splitlines() if line.startswith("#"))
+    commands = re.findall(r"(?:python|accelerate launch .*?) -m instructsam\.train ((?:.*\\\n)*.*)", comment)
+    assert any(command.startswith(f"experiment={path.stem}") for command in commands)
+    for command in commands:
+        check(settings_of("train", *shlex.split(command.replace("\\\n", " "))))
+
+
+def test_settings_that_only_the_user_can_give_are_asked_for():
+    command = [sys.executable, "-m", "instructsam.train", "data=coco_instructions"]
+    done = subprocess.run(command, cwd=CONFIGS.parent, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and done.stderr.strip() == "error: not given: data.root=..."
+
+
+def test_stage_2_differs_from_stage_1_in_rates_start_and_accumulation_only():
+    first, second = (settings_of("train", f"experiment=stage{stage}", "data.root=somewhere") for stage in (1, 2))
+    differences = {text.split(" ")[0] for text in fingerprint_differences(first, second)}
+    rates = {"optim.lr", "optim.groups.vlm.lr", "optim.groups.detector.lr"}
+    parts = {"model.vlm_path", "model.detector_path", "model.checkpoint"}
+    assert differences == {"output_dir", "trainer.accumulation", *rates, *parts}

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from tiny_fixtures import settings_of
 
 from instructsam import segment as segment_command
@@ -124,7 +125,7 @@ def test_segment_command(checkpoint, world, tmp_path, capsys):
             ["IMAGE", "x", *[w for k in range(11) for w in ("--phrase", f"p{k}")]],
             "11 phrases, more than max_phrases=10",
         ),
-        (["IMAGE", "x", "--checkpoint", "nowhere"], "nowhere: no config.json"),
+        (["IMAGE", "x", "--checkpoint", "nowhere"], "no folder nowhere"),
         (["IMAGE", "x", "--checkpoint", "OTHER"], "holds a 'bert' model"),
     ],
 )
@@ -133,6 +134,7 @@ def test_bad_input_is_one_clear_line(arguments, message, checkpoint, world, tmp_
     other = tmp_path / "other"
     other.mkdir()
     (other / "config.json").write_text('{"model_type": "bert"}')
+    save_file({"embeddings.weight": torch.zeros(2, 2)}, other / "model.safetensors")
     text = tmp_path / "text.png"
     text.write_text("this is no picture")
     names = {"IMAGE": str(image), "OTHER": str(other), "NOT_AN_IMAGE": str(text)}
@@ -252,7 +254,7 @@ def test_training_from_scratch(more, world, tmp_path):
         ("model.config.query_init=ones", "query_init='ones'"),
         ("objective.name=magic", "objective.name='magic'"),
         ("data.root=nowhere", "nowhere"),
-        ("model.init=[{checkpoint: nowhere, modules: [vlm]}]", "nowhere: no config.json"),
+        ("model.init=[{checkpoint: nowhere, modules: [vlm]}]", "no folder nowhere"),
         ("optim.freeze=[nothing_like_this]", "nothing_like_this"),
         ("trainer.max_steps=0", "max_steps"),
     ],

@@ -60,6 +60,14 @@ class InstructionDataset(Dataset):
     def __len__(self) -> int:
         return len(self.samples)
 
+    def num_masks(self) -> list[float]:
+        """How many masks each item has to match, on average over what `draw` may ask: sizes for the sampler."""
+        return [
+            sum(len(phrase.rles) for turn in sample.turns for phrase in turn.phrases)
+            * min(1.0, self.turns_per_image / len(sample.turns))
+            for sample in self.samples
+        ]
+
     def generator(self, key: tuple[int, int]) -> np.random.Generator:
         """The random generator of one item of one epoch."""
         return np.random.default_rng((self.seed, *key))

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import Dataset
 
 from instructsam.data.coco_instructions import read_coco_instructions
 from instructsam.data.dataset import InstructionDataset
@@ -25,13 +24,17 @@ OBJECTIVES = ("instruct", "pretrain_detector", "pretrain_vlm")
 
 @dataclass
 class Task:
-    """What is trained on what: the model inside `objective`, the data and how to batch it."""
+    """What is trained on what: the model inside `objective`, the data and how to batch it.
+
+    `group_by`: sizes of the samples, where steps are to consist of similar ones (data.group_by_masks).
+    """
 
     model: InstructSAM
     processor: InstructSAMProcessor
     objective: nn.Module
-    dataset: Dataset
+    dataset: InstructionDataset
     collate: Callable[[list[Any]], dict[str, Any]]
+    group_by: list[float] | None = None
 
 
 def build_task(settings: Mapping[str, Any]) -> Task:
@@ -59,8 +62,12 @@ def build_task(settings: Mapping[str, Any]) -> Task:
             dataset = InstructionDataset(samples, processor, **options)
             criterion = SetCriterion(CriterionConfig.from_mapping(objective.pop("criterion", {})))
             trained = InstructionObjective(model, criterion, **objective)
-            return Task(model, processor, trained, dataset, processor.collate)
-        return _pretraining_task(name, model, processor, samples, objective, options)
+            task = Task(model, processor, trained, dataset, processor.collate)
+        else:
+            task = _pretraining_task(name, model, processor, samples, objective, options)
+    if data.get("group_by_masks"):
+        task.group_by = task.dataset.num_masks()
+    return task
 
 
 def _pretraining_task(

@@ -12,6 +12,7 @@ from instructsam.evaluation.metrics import evaluate_records
 from instructsam.evaluation.runner import flatten, predict
 from instructsam.predictor import Predictor
 from instructsam.training.build import Task
+from instructsam.training.precision import autocast_if_mixed
 
 KEYS = ("mAP", "AP50", "giou", "ciou", "n_acc", "duplicate_rate", "count_error", "phrase_accuracy")
 
@@ -29,7 +30,8 @@ def periodic_evaluation(task: Task, settings: Mapping[str, Any]) -> Callable[[in
     def evaluate(step: int) -> dict[str, float]:
         was_training = task.model.training
         predictor = Predictor(task.model, task.processor)
-        records = predict(predictor, items, options["threshold"], options["batch_size"], progress=False)
+        with autocast_if_mixed(task.model):
+            records = predict(predictor, items, options["threshold"], options["batch_size"], progress=False)
         task.model.train(was_training)
         folder = Path(settings["output_dir"]) / "samples"
         folder.mkdir(parents=True, exist_ok=True)

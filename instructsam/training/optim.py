@@ -28,7 +28,8 @@ class OptimConfig:
 
     lr, weight_decay: of the default group, which takes every trainable parameter that no group claims.
     groups: name -> {"match": [regex, ...], "lr": float, "weight_decay": float (optional: else as the default group)}.
-    freeze: patterns of parameters that do not train; freezing wins over groups.
+    train: patterns of the parameters that train, all others are frozen; empty: no such limit.
+    freeze: patterns of parameters that do not train; freezing wins over `train` and over groups.
     decay_all: apply weight decay also to biases, norms (1-d parameters) and embeddings.
     schedule: "cosine" (to min_ratio of each group's lr at max_steps) or "constant", after a linear warm-up of
     `warmup_steps`, or of `warmup_ratio` of all steps (at most one of the two).
@@ -39,6 +40,7 @@ class OptimConfig:
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     groups: dict[str, dict[str, Any]] = field(default_factory=dict)
+    train: list[str] = field(default_factory=list)
     freeze: list[str] = field(default_factory=list)
     decay_all: bool = False
     schedule: str = "cosine"
@@ -48,7 +50,10 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         self.betas = (float(self.betas[0]), float(self.betas[1]))
-        self.freeze = list(self.freeze)
+        for name in ("train", "freeze"):
+            if isinstance(getattr(self, name), str):
+                raise ValueError(f"{name} must be a list of regular expressions, got {getattr(self, name)!r}")
+            setattr(self, name, list(getattr(self, name)))
         self.groups = {name: dict(spec) for name, spec in self.groups.items()}
         _check_rate("lr", self.lr)
         _check_rate("weight_decay", self.weight_decay)
@@ -67,8 +72,9 @@ class OptimConfig:
             raise ValueError("give warmup_steps or warmup_ratio, not both")
         for name, spec in self.groups.items():
             self._check_group(name, spec)
-        for pattern in self.freeze:
-            _compile(pattern, "freeze")
+        for name in ("train", "freeze"):
+            for pattern in getattr(self, name):
+                _compile(pattern, name)
 
     def _check_group(self, name: str, spec: Mapping[str, Any]) -> None:
         if name == DEFAULT_GROUP or "/" in name:
@@ -101,17 +107,30 @@ def freeze_parameters(module: nn.Module, patterns: Sequence[str]) -> int:
 
     Raises ValueError naming a pattern that finds no parameter.
     """
-    frozen: dict[int, int] = {}
-    names = _names_of(module)
-    for pattern in patterns:
-        regex = _compile(pattern, "freeze")
-        found = [parameter for name, parameter in names if regex.search(name)]
-        if not found:
-            raise ValueError(f"freeze pattern {pattern!r} matches no parameter")
-        for parameter in found:
-            parameter.requires_grad_(False)
-            frozen[id(parameter)] = parameter.numel()
-    return sum(frozen.values())
+    found = _found_by(module, patterns, "freeze")
+    for parameter in found.values():
+        parameter.requires_grad_(False)
+    return sum(parameter.numel() for parameter in found.values())
+
+
+def freeze_others(module: nn.Module, patterns: Sequence[str]) -> int:
+    """Set requires_grad to False on every parameter whose name no pattern finds; returns how many elements that are.
+
+    Never the other way round: what is frozen already (tensors without use, weights under LoRA) stays so though found.
+    Raises ValueError naming a pattern that finds no parameter.
+    """
+    kept = _found_by(module, patterns, "train")
+    others = [parameter for parameter in module.parameters() if id(parameter) not in kept]
+    for parameter in others:
+        parameter.requires_grad_(False)
+    return sum(parameter.numel() for parameter in others)
+
+
+def select_parameters(module: nn.Module, config: OptimConfig) -> None:
+    """Freeze what does not train according to `config`: all but `train` (if given), then `freeze`."""
+    if config.train:
+        freeze_others(module, config.train)
+    freeze_parameters(module, config.freeze)
 
 
 def group_parameters(module: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:
@@ -164,8 +183,8 @@ def group_parameters(module: nn.Module, config: OptimConfig) -> list[dict[str, A
 
 
 def build_optimizer(module: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """Freeze, group, and make the AdamW; raises what `freeze_parameters` and `group_parameters` raise."""
-    freeze_parameters(module, config.freeze)
+    """Freeze, group, and make the AdamW; raises what `select_parameters` and `group_parameters` raise."""
+    select_parameters(module, config)
     return torch.optim.AdamW(group_parameters(module, config), lr=config.lr, betas=config.betas, eps=config.eps)
 
 
@@ -210,6 +229,19 @@ def _settings(config: OptimConfig, group: str) -> dict[str, float]:
         "lr": float(spec.get("lr", config.lr)),
         "weight_decay": float(config.weight_decay if decay is None else decay),
     }
+
+
+def _found_by(module: nn.Module, patterns: Sequence[str], where: str) -> dict[int, nn.Parameter]:
+    """The parameters that a pattern finds, by id. ValueError naming a pattern that finds none."""
+    names = _names_of(module)
+    found: dict[int, nn.Parameter] = {}
+    for pattern in patterns:
+        regex = _compile(pattern, where)
+        by_this = {id(parameter): parameter for name, parameter in names if regex.search(name)}
+        if not by_this:
+            raise ValueError(f"{where} pattern {pattern!r} matches no parameter")
+        found |= by_this
+    return found
 
 
 def _names_of(module: nn.Module) -> list[tuple[str, nn.Parameter]]:

@@ -89,7 +89,13 @@ class Tracking:
     """All records of one run. Does nothing on ranks other than 0."""
 
     def __init__(
-        self, output_dir: str | Path, accelerator: Accelerator, max_steps: int, log_every: int, progress_bar: bool
+        self,
+        output_dir: str | Path,
+        accelerator: Accelerator,
+        max_steps: int,
+        log_every: int,
+        progress_bar: bool,
+        max_epochs: float,
     ) -> None:
         self.accelerator = accelerator
         self.is_main = accelerator.is_main_process
@@ -99,6 +105,7 @@ class Tracking:
         self.evaluations = Ledger(folder / EVALUATIONS_FILE)
         self.progress = Ledger(folder / PROGRESS_FILE)
         self._max_steps = max_steps
+        self._max_epochs = max_epochs
         self._wants_bar = progress_bar and self.is_main
         self._bar: tqdm | None = None
         self._since = (time.perf_counter(), 0)
@@ -128,7 +135,7 @@ class Tracking:
             return
         speed = self._measure(step, samples_per_step)
         self.progress.append({"step": step, "time": time.time(), "epoch": epoch, **speed})
-        self._show(record, speed["samples_per_second"])
+        self._show(record, speed["samples_per_second"], epoch)
         self._send({"loss": record["loss"], "grad_norm": record["grad_norm"], "epoch": epoch, **speed}, step, "train")
         self._send(record["terms"], step, "train/terms")
         self._send(record["lr"], step, "train/lr")
@@ -179,13 +186,14 @@ class Tracking:
             speed["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
         return speed
 
-    def _show(self, record: Mapping[str, Any], samples_per_second: float) -> None:
+    def _show(self, record: Mapping[str, Any], samples_per_second: float, epoch: float) -> None:
+        epochs = f"epoch {epoch:.2f} of {self._max_epochs:.2f}"
         if self._bar is not None:
-            self._bar.set_postfix_str(f"loss {record['loss']:.4f}, {samples_per_second:.1f} samples/s")
+            self._bar.set_postfix_str(f"{epochs}, loss {record['loss']:.4f}, {samples_per_second:.1f} samples/s")
         elif self._wants_bar:
             terms = ", ".join(f"{name} {value:.4f}" for name, value in record["terms"].items())
             print(
-                f"step {record['step']}/{self._max_steps}: loss {record['loss']:.4f} ({terms}), "
+                f"step {record['step']}/{self._max_steps}: {epochs}, loss {record['loss']:.4f} ({terms}), "
                 f"{samples_per_second:.1f} samples/s",
                 flush=True,
             )

@@ -20,7 +20,8 @@ import os
 import random
 import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -40,9 +41,10 @@ from accelerate.utils import (
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from instructsam.data.samplers import StepSampler
+from instructsam.data.samplers import StepSampler, steps_for_epochs
 from instructsam.training.checkpointing import Checkpointer
 from instructsam.training.optim import OptimConfig, build_optimizer, build_schedule, learning_rates
+from instructsam.training.precision import AUTOCAST, cast_frozen, check_master_weights, dtype_of
 from instructsam.training.tracking import Tracking, start_dashboards, tracker_names
 
 Batch = dict[str, Any]
@@ -54,18 +56,23 @@ RESUMES = ("auto", "never")
 class TrainerConfig:
     """How long, how fast and where to train. ValueError on nonsense.
 
-    per_device_batch_size x processes x accumulation samples make one optimizer step. clip_norm 0 switches clipping off;
-    checkpoint_every 0 saves only at the end; eval_every 0 never evaluates; keep_checkpoints 0 keeps all. log_every
-    governs console, progress.jsonl and dashboards, while losses.jsonl has every step. resume "auto" goes on from
-    the newest sound checkpoint in output_dir, "never" refuses a directory that holds one.
+    The length is given as max_steps (optimizer steps) or as epochs (passes over the data, not necessarily whole).
+    per_device_batch_size x processes x accumulation samples make one optimizer step. precision is what autocast
+    computes in ("no": float32); frozen_dtype, if given, is the dtype of the same name, and parameters that do not train
+    are kept in it. clip_norm 0 switches clipping off; checkpoint_every 0 saves only at the end; eval_every 0 never
+    evaluates; keep_checkpoints 0 keeps all. log_every governs console, progress.jsonl and dashboards, while
+    losses.jsonl has every step. resume "auto" goes on from the newest sound checkpoint in output_dir, "never" refuses a
+    directory that holds one.
     """
 
     output_dir: str
-    max_steps: int
+    max_steps: int | None = None
+    epochs: float | None = None
     per_device_batch_size: int = 1
     accumulation: int = 1
     clip_norm: float = 1.0
     precision: str = "no"
+    frozen_dtype: str | None = None
     seed: int = 0
     num_workers: int = 0
     checkpoint_every: int = 500
@@ -82,7 +89,15 @@ class TrainerConfig:
         if not str(self.output_dir).strip():
             raise ValueError("output_dir must not be empty")
         self.output_dir = str(self.output_dir)
-        least = {"max_steps": 1, "per_device_batch_size": 1, "accumulation": 1, "log_every": 1, "seed": 0}
+        if (self.max_steps is None) == (self.epochs is None):
+            raise ValueError(
+                f"give exactly one of max_steps and epochs, got max_steps {self.max_steps!r} and epochs {self.epochs!r}"
+            )
+        number = isinstance(self.epochs, int | float) and not isinstance(self.epochs, bool)
+        if self.epochs is not None and not (number and math.isfinite(self.epochs) and self.epochs > 0):
+            raise ValueError(f"epochs must be a finite number > 0, got {self.epochs!r}")
+        least = {"per_device_batch_size": 1, "accumulation": 1, "log_every": 1, "seed": 0}
+        least |= {} if self.max_steps is None else {"max_steps": 1}
         least |= dict.fromkeys(["num_workers", "checkpoint_every", "keep_checkpoints", "eval_every"], 0)
         for name, minimum in least.items():
             value = getattr(self, name)
@@ -92,6 +107,11 @@ class TrainerConfig:
             raise ValueError(f"clip_norm must be a finite number >= 0 (0: no clipping), got {self.clip_norm!r}")
         if self.precision not in PRECISIONS:
             raise ValueError(f"precision must be one of {PRECISIONS}, got {self.precision!r}")
+        if self.frozen_dtype is not None and self.frozen_dtype != AUTOCAST.get(self.precision):
+            raise ValueError(
+                f"frozen_dtype must be {AUTOCAST.get(self.precision)!r} or null with precision {self.precision!r}, got "
+                f"{self.frozen_dtype!r}"
+            )
         if self.resume not in RESUMES:
             raise ValueError(f"resume must be one of {RESUMES}, got {self.resume!r}")
 
@@ -111,6 +131,7 @@ class Trainer:
     returns metrics.
     fingerprint: nested, JSON-able settings (of model and data) that must not change when a run resumes; the trainer
     adds its own.
+    group_by: a size for every sample; the samples of a step are then of similar size (see `StepSampler`).
     """
 
     def __init__(
@@ -122,6 +143,7 @@ class Trainer:
         optim_config: OptimConfig,
         evaluate: Callable[[int], Mapping[str, Any]] | None = None,
         fingerprint: Mapping[str, Any] | None = None,
+        group_by: Sequence[float] | None = None,
     ) -> None:
         if config.eval_every and evaluate is None:
             raise ValueError("eval_every is set but there is nothing to evaluate with: give evaluate, or set it to 0")
@@ -132,6 +154,7 @@ class Trainer:
         self.optim_config = optim_config
         self.evaluate = evaluate
         self.fingerprint = dict(fingerprint or {})
+        self.group_by = None if group_by is None else np.asarray(group_by, dtype=np.float64)
         self.finished_steps = 0
         self.last_record: dict[str, Any] = {}
         self.last_metrics: dict[str, Any] = {}
@@ -148,7 +171,7 @@ class Trainer:
         self.setup()
         try:
             self.resume()
-            if self.finished_steps >= self.config.max_steps:
+            if self.finished_steps >= self.max_steps:
                 self.evaluate_if_due()
                 self.tracking.say(
                     f"{self.config.output_dir} is complete ({self.finished_steps} steps): nothing to train"
@@ -166,10 +189,6 @@ class Trainer:
         """Make accelerator, optimizer, schedule, data stream and records; wrap the objective in DDP where needed."""
         config = self.config
         self.accelerator = start_accelerator(config)
-        optimizer = build_optimizer(self.objective, self.optim_config)
-        # The schedule stays outside of `prepare`, which would step it once per process.
-        self.scheduler = build_schedule(optimizer, self.optim_config, config.max_steps)
-        self.model, self.optimizer = self.accelerator.prepare(self.objective, optimizer)
         self.sampler = StepSampler(
             len(cast(Any, self.dataset)),
             config.per_device_batch_size,
@@ -177,15 +196,29 @@ class Trainer:
             self.accelerator.process_index,
             config.accumulation,
             config.seed,
+            group_by=self.group_by,
         )
+        self.max_steps = config.max_steps or steps_for_epochs(
+            self.sampler.dataset_length, self.sampler.global_batch_size, config.epochs or 0.0
+        )
+        optimizer = build_optimizer(self.objective, self.optim_config)
+        check_master_weights(self.objective)
+        if config.frozen_dtype is not None:
+            cast_frozen(self.objective, dtype_of(config.frozen_dtype, "frozen_dtype"))
+        # The schedule stays outside of `prepare`, which would step it once per process.
+        self.scheduler = build_schedule(optimizer, self.optim_config, self.max_steps)
+        self.model, self.optimizer = self.accelerator.prepare(self.objective, optimizer)
         self.fingerprint |= {
             "optim": asdict(self.optim_config),
             "trainer": {
-                "max_steps": config.max_steps,
+                "max_steps": self.max_steps,
+                "epochs": config.epochs,
                 "global_batch_size": self.sampler.global_batch_size,
                 "dataset_length": self.sampler.dataset_length,
+                "group_by": None if self.group_by is None else zlib.crc32(self.group_by.tobytes()),
                 "clip_norm": config.clip_norm,
                 "precision": config.precision,
+                "frozen_dtype": config.frozen_dtype,
                 "seed": config.seed,
             },
         }
@@ -199,7 +232,12 @@ class Trainer:
             config.keep_checkpoints,
         )
         self.tracking = Tracking(
-            config.output_dir, self.accelerator, config.max_steps, config.log_every, config.progress_bar
+            config.output_dir,
+            self.accelerator,
+            self.max_steps,
+            config.log_every,
+            config.progress_bar,
+            self.sampler.epoch_of(self.max_steps),
         )
 
     def resume(self) -> None:
@@ -222,9 +260,9 @@ class Trainer:
         self.evaluate_if_due()
         batches = self.open_data()
         self.model.train()
-        while self.finished_steps < config.max_steps:
+        while self.finished_steps < self.max_steps:
             must_stop = self.step([next(batches) for _ in range(config.accumulation)], stop.received is not None)
-            done = self.finished_steps == config.max_steps
+            done = self.finished_steps == self.max_steps
             if done or must_stop or (config.checkpoint_every and self.finished_steps % config.checkpoint_every == 0):
                 self.save()
             if must_stop and not done:
@@ -235,7 +273,7 @@ class Trainer:
                 )
                 return "interrupted"
             self.evaluate_if_due()
-        self.tracking.say(f"finished {config.max_steps} steps; everything is in {config.output_dir}")
+        self.tracking.say(f"finished {self.max_steps} steps; everything is in {config.output_dir}")
         return "complete"
 
     # ------------------------------------------------------------------ one optimizer step
@@ -338,7 +376,7 @@ class Trainer:
     def evaluate_if_due(self) -> None:
         """Evaluate after the finished steps, when it is time and has not been done."""
         step, config = self.finished_steps, self.config
-        if not config.eval_every or not step or (step % config.eval_every and step != config.max_steps):
+        if not config.eval_every or not step or (step % config.eval_every and step != self.max_steps):
             return
         done = [any(r["step"] == step for r in self.tracking.evaluations.read()) if self.tracking.is_main else False]
         if self.accelerator.num_processes > 1:

@@ -83,6 +83,7 @@ def toy_trainer(
     optim: dict | None = None,
     evaluate=None,
     fingerprint: dict | None = None,
+    group_by: list[float] | None = None,
     **settings,
 ) -> Trainer:
     config = TrainerConfig(
@@ -98,7 +99,7 @@ def toy_trainer(
     )
     objective = ToyObjective(dropout, config.accumulation, at_step)
     optim_config = OptimConfig(**{"lr": 0.01, "warmup_steps": 2, **(optim or {})})
-    return Trainer(config, objective, dataset or ToyDataset(), collate, optim_config, evaluate, fingerprint)
+    return Trainer(config, objective, dataset or ToyDataset(), collate, optim_config, evaluate, fingerprint, group_by)
 
 
 def main() -> None:

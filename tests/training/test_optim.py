@@ -14,6 +14,7 @@ from instructsam.training.optim import (
     OptimConfig,
     build_optimizer,
     build_schedule,
+    freeze_others,
     freeze_parameters,
     group_parameters,
     learning_rate_factor,
@@ -78,6 +79,28 @@ def test_frozen_parameters_are_in_no_group():
     assert set(names_by_group(model, config)) == {"language", "default"}
 
 
+def test_only_what_the_allow_list_finds_trains():
+    model = Model()
+    config = OptimConfig(train=["^language", "norm"], freeze=["norm.bias"], groups={"vision": group("vision")})
+    build_optimizer(model, config)
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trained == {"language.weight", "language.bias", "norm.weight"}
+    assert names_by_group(model, config) == {"default": trained}
+
+
+def test_the_allow_list_wakes_nothing_up():
+    model = Model()
+    model.vision.bias.requires_grad_(False)
+    assert freeze_others(model, ["vision", "head"]) == 20 + 8
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == {"vision.weight", "embed.weight"}
+
+
+def test_without_an_allow_list_all_trains():
+    model = Model()
+    build_optimizer(model, OptimConfig())
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
 @pytest.mark.parametrize(
     ("settings_", "message"),
     [
@@ -87,6 +110,7 @@ def test_frozen_parameters_are_in_no_group():
         ),
         ({"groups": {"a": group("language", "lnaguage")}}, r"pattern 'lnaguage' of group 'a' matches no parameter"),
         ({"freeze": ["visoin"]}, "freeze pattern 'visoin' matches no parameter"),
+        ({"train": ["language", "visoin"]}, "train pattern 'visoin' matches no parameter"),
         ({"freeze": ["."]}, "no parameter is trainable"),
     ],
 )
@@ -106,6 +130,9 @@ def test_grouping_errors_name_the_culprit(settings_, message):
         ({"warmup_ratio": 1.0}, "warmup_ratio"),
         ({"warmup_steps": 3, "warmup_ratio": 0.1}, "not both"),
         ({"min_ratio": 2.0}, "min_ratio"),
+        ({"train": "vision"}, "train must be a list"),
+        ({"freeze": "vision"}, "freeze must be a list"),
+        ({"train": ["("]}, "train: '\\(' is not a regular expression"),
         ({"groups": {"a": {"match": "text", "lr": 1.0}}}, "list of regular expressions"),
         ({"groups": {"a": {"match": ["x"]}}}, "needs 'lr'"),
         ({"groups": {"a": {"match": ["x"], "lr": 1.0, "wd": 1.0}}}, "unknown keys"),

@@ -281,6 +281,44 @@ def test_resume_never_refuses_an_old_run(tmp_path):
         toy.toy_trainer(tmp_path, resume="never").run()
 
 
+# ---------------------------------------------------------------------- length and order
+
+
+def test_epochs_instead_of_steps(tmp_path, capsys):
+    settings = {"max_steps": None, "epochs": 1.5, "per_device_batch_size": 2, "accumulation": 2, "log_every": 2}
+    result = toy.toy_trainer(tmp_path, progress_bar=True, **settings).run()
+    assert result["step"] == 4  # 15 samples in steps of 4
+    printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
+    assert [line.split(",")[0] for line in printed] == ["step 2/4: epoch 0.80 of 1.60", "step 4/4: epoch 1.60 of 1.60"]
+    rates = [row["lr"]["default"] for row in losses_of(tmp_path)]
+    assert rates[1] == pytest.approx(0.01) and rates[3] == pytest.approx(0.005)  # the cosine ends with the last step
+    assert toy.toy_trainer(tmp_path, **settings).run()["status"] == "already_complete"
+    with pytest.raises(ValueError, match="trainer.epochs is 1.5 there and 2 here; trainer.max_steps is 4 there and 5"):
+        toy.toy_trainer(tmp_path, **{**settings, "epochs": 2}).run()
+
+
+def test_grouped_order_is_used_and_resumed(tmp_path):
+    sizes = [float(index % 3) for index in range(10)]
+    settings = {"group_by": sizes, "per_device_batch_size": 2, "dropout": 0.3}
+
+    def explode(step):
+        if step == 6:
+            raise KeyError("boom")
+
+    toy.toy_trainer(tmp_path / "whole", **settings).run()
+    with pytest.raises(KeyError, match="boom"):
+        toy.toy_trainer(tmp_path / "cut", at_step=explode, **settings).run()
+    toy.toy_trainer(tmp_path / "cut", **settings).run()
+    assert (tmp_path / "cut/losses.jsonl").read_bytes() == (tmp_path / "whole/losses.jsonl").read_bytes()
+    trainer = toy.toy_trainer(tmp_path / "other", **{**settings, "group_by": None})
+    trainer.run()
+    assert losses_of(tmp_path / "other")[0] != losses_of(tmp_path / "whole")[0]
+    with pytest.raises(ValueError, match="trainer.group_by is"):
+        toy.toy_trainer(tmp_path / "whole", **{**settings, "group_by": [*sizes[1:], 5.0]}).run()
+    with pytest.raises(ValueError, match="trainer.group_by is"):
+        toy.toy_trainer(tmp_path / "whole", **{**settings, "group_by": None}).run()
+
+
 # ---------------------------------------------------------------------- failing
 
 
@@ -315,6 +353,13 @@ def test_non_finite_gradient_is_an_error(tmp_path):
         {"clip_norm": -1.0},
         {"clip_norm": float("nan")},
         {"precision": "fp32"},
+        {"frozen_dtype": "bfloat16"},
+        {"frozen_dtype": "float16", "precision": "bf16"},
+        {"epochs": 1.0},
+        {"epochs": 0.0, "max_steps": None},
+        {"epochs": True, "max_steps": None},
+        {"epochs": float("inf"), "max_steps": None},
+        {"epochs": None, "max_steps": None},
         {"seed": -1},
         {"num_workers": -1},
         {"log_every": 0},
@@ -323,7 +368,7 @@ def test_non_finite_gradient_is_an_error(tmp_path):
     ],
 )
 def test_nonsense_settings_are_errors(setting):
-    (name,) = setting
+    name = next(iter(setting))
     with pytest.raises(ValueError, match=name):
         TrainerConfig(**{"output_dir": "out", "max_steps": 1, **setting})
 
