@@ -8,7 +8,6 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-python=${PYTHON:-python3}
 out=${OUT:-outputs/quickstart}
 world=data/tiny_world
 venv=${VENV:-.venv}
@@ -17,14 +16,7 @@ mkdir -p "$out"
 
 say() { printf '\n== %s (%d min %02d s)\n' "$1" $((($(date +%s) - started) / 60)) $((($(date +%s) - started) % 60)); }
 
-if [ ! -f "$venv/.quickstart-complete" ]; then
-  say "environment in $venv"
-  "$python" -m venv "$venv"
-  # PyTorch by its tested version first, so that nothing else pulls another build in.
-  "$venv/bin/pip" install --quiet --disable-pip-version-check "$(grep '^torch==' constraints.txt)"
-  "$venv/bin/pip" install --quiet --disable-pip-version-check -c constraints.txt -e .
-  touch "$venv/.quickstart-complete"
-fi
+bash scripts/environment.sh "$venv"
 run() { "$venv/bin/python" -m "$@"; }
 
 say "tiny world in $world"
