@@ -17,8 +17,16 @@ from pathlib import Path
 LAYOUTS = ("released", "instructsam")
 
 
-def export(checkpoint: str, output: str | Path, layout: str = "released", max_shard_size: str = "5GB") -> Path:
+def export(
+    checkpoint: str,
+    output: str | Path,
+    layout: str = "released",
+    max_shard_size: str = "5GB",
+    report: str | None = None,
+) -> Path:
     """Write `checkpoint` (a folder or hub name in either layout) to the folder `output` in `layout`.
+
+    `report` names a JSON file for what became of every tensor when it was loaded.
 
     Raises:
         ValueError: LoRA that is not merged, an `output` that holds something, and whatever loading complains of.
@@ -48,6 +56,8 @@ def export(checkpoint: str, output: str | Path, layout: str = "released", max_sh
             model.save_pretrained(unfinished, max_shard_size=max_shard_size)
             processor.save_pretrained(unfinished)
             names = list(model.state_dict())
+    if report is not None:
+        model.load_report.write(report)
     print(f"{model.load_report}\n{len(names)} tensors written to {output} in the {layout} layout")
     return Path(output)
 
@@ -60,9 +70,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("output", help="folder to write; must be new or empty")
     parser.add_argument("--layout", choices=LAYOUTS, default="released")
     parser.add_argument("--max-shard-size", default="5GB", help="size of a safetensors file at most (default 5GB)")
+    parser.add_argument("--report", help="JSON file for what became of every tensor")
     args = parser.parse_args(arguments)
     try:
-        export(args.checkpoint, args.output, args.layout, args.max_shard_size)
+        export(args.checkpoint, args.output, args.layout, args.max_shard_size, args.report)
     except ValueError as error:
         sys.exit(f"error: {error}")
 

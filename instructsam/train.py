@@ -40,6 +40,8 @@ def train(settings: dict[str, Any]) -> dict[str, Any]:
     if settings["threads"]:
         torch.set_num_threads(settings["threads"])
     task = build_task(settings)
+    if task.model.load_report is not None and int(os.environ.get("RANK", 0)) == 0:
+        task.model.load_report.write(Path(settings["output_dir"]) / "load_report.json")
     config = TrainerConfig.from_dict(
         {**settings["trainer"], "seed": settings["seed"], "output_dir": settings["output_dir"]}
     )

@@ -54,6 +54,8 @@ def test_the_whole_chain(world, sharded_qwen3_vl_dir, sam3_dir, tmp_path):
         f"model.detector_path={sam3_dir}", data, f"output_dir={one}", *SMALL,
     )  # fmt: skip
     assert "Qwen3-VL + SAM 3 layout" in said and "newly initialised: 9" in said
+    report = json.loads((one / "load_report.json").read_text())
+    assert len(report["new"]) == 9 and "detector.detr_decoder.query_embed.weight" in report["cut"]
     assert [record["step"] for record in losses(one)] == [1, 2, 3]
     assert set(losses(one)[0]["lr"]) == {"vlm", "detector"}
     assert (one / "checkpoint" / "adapter" / "adapter_model.safetensors").exists()
@@ -84,10 +86,14 @@ def test_the_whole_chain(world, sharded_qwen3_vl_dir, sam3_dir, tmp_path):
     assert "all" in evaluated
     assert json.loads((two / "merged" / "eval" / "metrics.json").read_text())["settings"]["decoding"] == "trained"
 
-    said = run("instructsam.export", f"{two}/merged", f"{tmp_path}/released", "--max-shard-size", "200KB")
+    said = run(
+        "instructsam.export", f"{two}/merged", f"{tmp_path}/released", "--max-shard-size", "200KB",
+        "--report", f"{tmp_path}/keys.json",
+    )  # fmt: skip
     assert "in the released layout" in said
     released = tensors(tmp_path / "released")
     assert "model.mask_queries" in released
+    assert len(json.loads((tmp_path / "keys.json").read_text())["loaded"]) == len(released)
     run("instructsam.export", f"{tmp_path}/released", f"{tmp_path}/back", "--layout", "instructsam")
     left, right = tensors(two / "merged"), tensors(tmp_path / "back")
     assert left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)

@@ -6,6 +6,7 @@ Three ways: new weights (the tiny model), Qwen3-VL and SAM 3 put together, or a 
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -100,14 +101,14 @@ def _from_parts(settings: Mapping[str, Any], seed: int) -> tuple[InstructSAM, In
     token_ids = add_special_tokens(tokenizer, vocab_size)
     bridge = {**settings["config"], **_attention(settings)}
     model, report = assemble(vlm_folder, detector_folder, token_ids, bridge, as_dtype(settings.get("dtype")), seed)
-    print(report)
+    _say(report)
     return model, make_processor(model.config, tokenizer, settings, vlm_folder)
 
 
 def _from_checkpoint(settings: Mapping[str, Any], seed: int) -> tuple[InstructSAM, InstructSAMProcessor]:
     folder = resolve(settings["checkpoint"], "InstructSAM")
     model = InstructSAM.from_pretrained(folder, dtype=settings.get("dtype") or "auto", **_attention(settings))
-    print(model.load_report)
+    _say(model.load_report)
     if has_lora(model):
         raise ValueError(
             f"{folder}: its LoRA is not merged yet; run `python -m instructsam.merge {folder} {folder}-merged` and go "
@@ -122,6 +123,12 @@ def _from_checkpoint(settings: Mapping[str, Any], seed: int) -> tuple[InstructSA
     # Through the configuration's own checks once more.
     InstructSAMConfig(**{key: getattr(model.config, key) for key in FREE_OPTIONS})
     return model, load_processor(folder, model.config, settings)
+
+
+def _say(report: Any) -> None:
+    """Tell once, however many processes load the model."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(report, flush=True)
 
 
 def _attention(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -43,9 +43,9 @@ class LoadReport:
     new: list[str] = field(default_factory=list)
     ignored: dict[str, list[str]] = field(default_factory=dict)
 
-    def as_dict(self) -> dict[str, Any]:
-        """Every key, for a JSON file."""
-        return asdict(self)
+    def write(self, path: str | Path) -> None:
+        """Every key, as JSON."""
+        Path(path).write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
 
     def __str__(self) -> str:
         def parts(names: list[str]) -> str:
