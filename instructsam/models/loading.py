@@ -44,7 +44,8 @@ class LoadReport:
     ignored: dict[str, list[str]] = field(default_factory=dict)
 
     def write(self, path: str | Path) -> None:
-        """Every key, as JSON."""
+        """Every key, as JSON; makes the folder if need be."""
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
         Path(path).write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
 
     def __str__(self) -> str:
