@@ -30,6 +30,7 @@ from instructsam.training.lock import exclusive
 
 def train(settings: dict[str, Any]) -> dict[str, Any]:
     """Run one training as configured; returns the trainer's summary. See `training.trainer.Trainer.run`."""
+    from instructsam.models.checkpoints import make_readable
     from instructsam.models.lora import save_with_adapter
     from instructsam.training.build import build_task
     from instructsam.training.optim import OptimConfig
@@ -58,6 +59,7 @@ def train(settings: dict[str, Any]) -> dict[str, Any]:
         folder = Path(settings["output_dir"]) / "checkpoint"
         save_with_adapter(task.model, folder, save_dtype)
         task.processor.save_pretrained(folder)
+        make_readable(folder)
         print(f"model saved to {folder}")
     if trainer.accelerator.num_processes > 1:
         trainer.accelerator.wait_for_everyone()

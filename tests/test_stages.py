@@ -98,6 +98,10 @@ def test_the_whole_chain(world, sharded_qwen3_vl_dir, sam3_dir, tmp_path):
     left, right = tensors(two / "merged"), tensors(tmp_path / "back")
     assert left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
 
+    for folder in (two / "checkpoint", two / "merged", tmp_path / "released"):  # for a group that shares a disk
+        modes = {path.stat().st_mode for pattern in ("*.safetensors", "config.json") for path in folder.glob(pattern)}
+        assert len(modes) == 1, folder
+
     reloaded = InstructSAM.from_pretrained(tmp_path / "released")
     assert reloaded.load_report.layout == "released InstructSAM"
     run("instructsam.evaluate", f"checkpoint={tmp_path}/released", *options, "decoding=released")

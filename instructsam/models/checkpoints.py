@@ -45,6 +45,13 @@ def take_modules(model: InstructSAM, path: str | Path, modules: Sequence[str]) -
             raise ValueError(f"init from {path}: module {name!r} does not fit: {first_line}") from error
 
 
+def make_readable(folder: Path) -> None:
+    """Let whoever may read a checkpoint's config.json read its weights too: safetensors writes for the owner alone."""
+    mode = (folder / "config.json").stat().st_mode & 0o777
+    for path in folder.rglob("*.safetensors"):
+        path.chmod(mode)
+
+
 @contextmanager
 def new_folder(output: str | Path) -> Iterator[Path]:
     """A folder to write into, which takes the name `output` when the block ends, and is removed if it fails.
@@ -59,6 +66,7 @@ def new_folder(output: str | Path) -> Iterator[Path]:
     unfinished.mkdir(parents=True)
     try:
         yield unfinished
+        make_readable(unfinished)
         unfinished.rename(output)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
