@@ -39,7 +39,7 @@ def evaluate(settings: dict[str, Any]) -> dict[str, Any]:
 
     if settings["threads"]:
         torch.set_num_threads(settings["threads"])
-    checkpoint = Path(settings["checkpoint"])
+    checkpoint = settings["checkpoint"]
     predictor = Predictor.from_pretrained(checkpoint, settings["device"], settings["dtype"], settings["decoding"])
     dtype = predictor.model.dtype
     data = settings["data"]
@@ -57,16 +57,24 @@ def evaluate(settings: dict[str, Any]) -> dict[str, Any]:
         untrained = Predictor(fresh.to(predictor.model.device), predictor.processor, predictor.rule)
         baseline = evaluate_records(predict(untrained, items, **options))
 
-    folder = Path(settings["output_dir"] or checkpoint / "eval")
+    # A folder named after a hub name would be taken for the model the next time.
+    default = Path(checkpoint) if Path(checkpoint).is_dir() else Path("outputs") / Path(checkpoint).name
+    folder = Path(settings["output_dir"] or default / "eval")
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "predictions.jsonl").open("w") as file:
         file.writelines(json.dumps(record) + "\n" for record in records)
     described = {key: settings[key] for key in ("checkpoint", "data", "threshold", "limit", "max_new_tokens", "seed")}
     described["attention_variant"] = predictor.model.config.attention_variant
     described |= {"decoding": predictor.rule.name, "dtype": str(dtype).removeprefix("torch.")}
+    described["cut_off_answers"] = sum(not record["finished"] for record in records)
     write_report(folder, metrics, settings=described, baseline=baseline, reliance=reliance)
     write_gallery(records, folder / "gallery.png", settings["gallery_rows"])
     print_table(metrics, baseline)
+    if described["cut_off_answers"]:
+        print(
+            f"{described['cut_off_answers']} of {len(records)} answers reached max_new_tokens="
+            f"{settings['max_new_tokens']} and may lack phrases"
+        )
     print(f"written to {folder}: metrics.json, report.md, gallery.png, predictions.jsonl")
     return metrics
 

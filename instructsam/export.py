@@ -41,6 +41,8 @@ def export(
 
     if layout not in LAYOUTS:
         raise ValueError(f"layout={layout!r} is not one of {', '.join(LAYOUTS)}")
+    if report is not None and not Path(report).resolve().parent.is_dir():
+        raise ValueError(f"report={report}: there is no such folder")
     folder = resolve(checkpoint, "InstructSAM")
     with new_folder(output) as unfinished:
         model = InstructSAM.from_pretrained(folder)
@@ -74,7 +76,7 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     try:
         export(args.checkpoint, args.output, args.layout, args.max_shard_size, args.report)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
 
 

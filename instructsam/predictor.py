@@ -37,6 +37,7 @@ class Understanding:
         features: image features of the detector.
         bridge: projected queries and phrase features, phrases of the batch on one axis P.
         answers: the text of each answer; phrases: its phrases; sizes: (height, width) of each image.
+        finished: for each answer, False where a limit cut it off.
     """
 
     features: ImageFeatures
@@ -44,6 +45,7 @@ class Understanding:
     answers: list[str]
     phrases: list[list[str]]
     sizes: list[tuple[int, int]]
+    finished: list[bool]
 
 
 def as_device(device: str | torch.device) -> torch.device:
@@ -127,7 +129,8 @@ class Predictor:
             instructions: one per image, or several for one image. May be left out with `phrases`.
             phrases: per image the phrases of the answer; then nothing is generated and all runs in one forward pass.
             threshold: instances with score > threshold are kept.
-            max_new_tokens, max_phrases: limits on the written answer.
+            max_new_tokens, max_phrases: limits on the written answer; a `Prediction` whose answer reached the first has
+                ``meta["finished"]`` False, and may lack phrases.
             batch_size: images run through the model at once.
 
         Returns:
@@ -189,16 +192,19 @@ class Predictor:
                 )
             ]
             found = [self.processor.chat.phrases_of(ids) for ids in answers_ids]
+            finished = decoded.finished.tolist()
         else:
             language = self.rule.run_language_model(self.model, input_ids, attention_mask, *vision)
             found = [list(answer or ()) for answer in phrases]
             answers_ids = [self.processor.chat.answer(answer) for answer in found]
+            finished = [True] * len(found)
         return Understanding(
             features=self.model.detector.encode_image(batch["detector_pixel_values"]),
             bridge=self.model.bridge(input_ids, language),
             answers=[self.processor.chat.answer_text(ids) for ids in answers_ids],
             phrases=found,
             sizes=[item["size"] for item in items],
+            finished=finished,
         )
 
     @torch.no_grad()
@@ -211,8 +217,8 @@ class Predictor:
             bridge = BridgeOutput(queries_PNC, bridge.phrase_features_PTC, bridge.phrase_mask_PT, bridge.phrase_image_P)
         output = self.model.detect(understanding.features, bridge) if len(bridge.phrase_image_P) else None
         predictions, start = [], 0
-        for answer, phrases, (height, width) in zip(
-            understanding.answers, understanding.phrases, understanding.sizes, strict=True
+        for answer, phrases, (height, width), finished in zip(
+            understanding.answers, understanding.phrases, understanding.sizes, understanding.finished, strict=True
         ):
             stop = start + len(phrases)
             instances = []
@@ -228,7 +234,8 @@ class Predictor:
                     (height, width),
                     threshold,
                 )
-            predictions.append(Prediction(answer, tuple(phrases), tuple(instances), height, width))
+            meta = {"finished": finished}
+            predictions.append(Prediction(answer, tuple(phrases), tuple(instances), height, width, meta))
             start = stop
         return predictions
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -107,6 +108,24 @@ def test_the_whole_chain(world, sharded_qwen3_vl_dir, sam3_dir, tmp_path):
     run("instructsam.evaluate", f"checkpoint={tmp_path}/released", *options, "decoding=released")
     settings = json.loads((tmp_path / "released" / "eval" / "metrics.json").read_text())["settings"]
     assert settings["decoding"] == "released"
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_two_processes_train_the_real_structure(world, qwen3_vl_dir, sam3_dir, tmp_path):
+    """DDP waits for every trainable tensor: in step 2 at the latest, a tensor without gradient ends the run."""
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m",
+        "instructsam.train", "experiment=stage1", f"model.vlm_path={qwen3_vl_dir}", f"model.detector_path={sam3_dir}",
+        f"data.root={world}", f"output_dir={tmp_path / 'two'}", *SMALL,
+    ]  # fmt: skip
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(
+        command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False, timeout=300
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert result.stdout.count("Qwen3-VL + SAM 3 layout") == 1  # said once, not by every process
+    assert [record["step"] for record in losses(tmp_path / "two")] == [1, 2, 3]
 
 
 def test_an_export_never_overwrites(checkpoint, tmp_path):

@@ -55,6 +55,7 @@ def make_record(item: EvalItem, prediction: Prediction) -> Record:
         "pred_phrase_ids": [instance.phrase_index for instance in prediction.instances],
         "pred_phrases": list(prediction.phrases),
         "answer": prediction.answer,
+        "finished": prediction.meta.get("finished", True),
     }
 
 
@@ -63,7 +64,7 @@ def predict(
     items: Sequence[EvalItem],
     threshold: float,
     batch_size: int,
-    max_new_tokens: int = 64,
+    max_new_tokens: int = 128,
     progress: bool = True,
 ) -> list[Record]:
     """Records of all items in order, on every rank; each rank predicts its own share.

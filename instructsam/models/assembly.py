@@ -16,7 +16,7 @@ from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLConfig
 from transformers.models.sam3.configuration_sam3 import Sam3Config
 
 from instructsam.models.configuration import InstructSAMConfig
-from instructsam.models.layouts import QWEN3_VL, SAM3
+from instructsam.models.layouts import QWEN3_VL, SAM3, untie_or_tie
 from instructsam.models.loading import LoadReport, TensorFolder, empty_model, fill
 from instructsam.models.modeling import InstructSAM
 
@@ -27,6 +27,7 @@ FIRST_ROWS = ("detector.detr_decoder.query_embed.weight", "detector.detr_decoder
 def read_vlm_config(folder: Path) -> Qwen3VLConfig:
     """The configuration of a Qwen3-VL folder. Raises ValueError where it is of another model."""
     values = _read(folder, "qwen3_vl", "Qwen3-VL")
+    untie_or_tie(values)
     return Qwen3VLConfig(**{key: value for key, value in values.items() if key != "model_type"})
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -70,3 +71,39 @@ def new_folder(output: str | Path) -> Iterator[Path]:
         unfinished.rename(output)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
+
+
+@contextmanager
+def replace_folder(output: str | Path) -> Iterator[Path]:
+    """A folder to write into, which takes the place of `output` when the block ends, and is removed if it fails.
+
+    A kill leaves the older folder or the new one under the name. Only where the system cannot exchange two folders is
+    there a moment with neither; both are then complete, as `.NAME.old` and `.NAME.tmp` beside it. For one process at a
+    time: leftovers of a killed one are removed.
+    """
+    output = Path(output)
+    unfinished, old = output.with_name(f".{output.name}.tmp"), output.with_name(f".{output.name}.old")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    try:
+        yield unfinished
+        make_readable(unfinished)
+        if not output.exists():
+            unfinished.rename(output)
+        elif not _exchange(unfinished, output):
+            shutil.rmtree(old, ignore_errors=True)
+            output.rename(old)
+            unfinished.rename(output)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)  # the older folder after an exchange
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swap two names in one step; False where system or file system cannot."""
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE of Linux
+    try:
+        result = ctypes.CDLL(None).renameat2(here, os.fsencode(one), here, os.fsencode(other), exchange)
+    except (AttributeError, OSError, TypeError):  # no such function, or no such library
+        return False
+    return result == 0

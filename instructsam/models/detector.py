@@ -189,6 +189,11 @@ class InstanceDetector(Sam3PreTrainedModel):
         self.dot_product_scoring = Sam3DotProductScoring(config)
         self.post_init()
 
+    @property
+    def num_maps(self) -> int:
+        """Feature maps in use: all of the neck's but the coarsest."""
+        return len(self.vision_encoder.neck.fpn_layers) - 1
+
     def exact_positions(self) -> None:
         """Have the vision encoder's position tables in float32, whatever the precision of the weights.
 

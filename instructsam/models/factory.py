@@ -17,6 +17,7 @@ from instructsam.models.checkpoints import fresh_model, take_modules
 from instructsam.models.configuration import InstructSAMConfig
 from instructsam.models.gradient_checkpointing import enable_gradient_checkpointing
 from instructsam.models.hub import resolve
+from instructsam.models.layouts import RELEASED
 from instructsam.models.loading import as_dtype
 from instructsam.models.lora import LoraSettings, add_lora, has_lora
 from instructsam.models.modeling import InstructSAM
@@ -35,6 +36,7 @@ VISION_TOKENS = {
 }
 SETTINGS = {"checkpoint", "vlm_path", "detector_path", "tokenizer", "config", "init", "dtype", "attn_implementation"}
 SETTINGS |= {"lora", "gradient_checkpointing", "vlm_image", "max_length", "mask_resize"}
+MAX_VISUAL_TOKENS = 8192  # DESIGN section 8
 # Options of a checkpoint that may be set anew, since no tensor hangs on them.
 FREE_OPTIONS = ("attention_variant", "max_phrase_tokens")
 
@@ -108,7 +110,8 @@ def _from_parts(settings: Mapping[str, Any], seed: int) -> tuple[InstructSAM, In
 def _from_checkpoint(settings: Mapping[str, Any], seed: int) -> tuple[InstructSAM, InstructSAMProcessor]:
     folder = resolve(settings["checkpoint"], "InstructSAM")
     model = InstructSAM.from_pretrained(folder, dtype=settings.get("dtype") or "auto", **_attention(settings))
-    _say(model.load_report)
+    if model.load_report.layout != RELEASED.name:  # which is said while loading
+        _say(model.load_report)
     if has_lora(model):
         raise ValueError(
             f"{folder}: its LoRA is not merged yet; run `python -m instructsam.merge {folder} {folder}-merged` and go "
@@ -201,6 +204,11 @@ def load_processor(
         tokenizer = read_tokenizer(folder)
         add_special_tokens(tokenizer, config.vlm_config.text_config.vocab_size)
         processor = make_processor(config, tokenizer, settings, folder)
+        # Qwen's own limit leaves no room for words and queries beside a large photograph.
+        most = MAX_VISUAL_TOKENS * processor.vlm_image.factor**2
+        if processor.vlm_image.max_pixels > most:
+            image = {**(settings.get("vlm_image") or {}), "max_pixels": most}
+            processor = make_processor(config, tokenizer, {**settings, "vlm_image": image}, folder)
     wrong = {name: token for name, token in processor.chat.token_ids.items() if config.token_ids[name] != token}
     if wrong:
         raise ValueError(f"{folder}: the tokenizer's ids {wrong} are not the model's, so it belongs to another model")

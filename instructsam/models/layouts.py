@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,13 @@ class Layout:
     def ignored_by(self, name: str) -> str | None:
         """The prefix by which one of their tensors may be left out, None where it may not."""
         return next((prefix for prefix in self.ignored if name.startswith(prefix)), None)
+
+
+def untie_or_tie(config: dict[str, Any]) -> None:
+    """Let a Qwen3-VL configuration say at its top whether the head is tied, which some say for the text part only."""
+    text = config.get("text_config")
+    if "tie_word_embeddings" not in config and isinstance(text, dict) and "tie_word_embeddings" in text:
+        config["tie_word_embeddings"] = text["tie_word_embeddings"]
 
 
 _VLM = (("model.language_model.", "vlm.language_model."), ("model.visual.", "vlm.visual."), ("lm_head.", "lm_head."))

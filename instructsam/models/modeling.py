@@ -8,6 +8,7 @@ Shape suffixes: B batch, L sequence, P phrases, N queries, T phrase tokens, C ch
 from __future__ import annotations
 
 import logging
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,13 +26,14 @@ from instructsam.models.detector import DetectorOutput, ImageFeatures, InstanceD
 from instructsam.models.hub import resolve
 from instructsam.models.layouts import RELEASED
 from instructsam.models.loading import LoadReport
-from instructsam.models.lora import has_adapter, load_adapter
+from instructsam.models.lora import has_adapter, has_lora, load_adapter, save_with_adapter
 from instructsam.models.own_layout import layout_of, load_own
 from instructsam.models.phrases import PhraseIndex, find_phrases
 from instructsam.models.released import load_released
 from instructsam.processing.hub import HUB_OPTIONS
 
 logger = logging.getLogger(__name__)
+ATTENTION = ("sdpa", "flex_attention")
 
 
 @dataclass
@@ -89,6 +91,10 @@ class InstructSAM(PreTrainedModel):
     def __init__(self, config: InstructSAMConfig):
         super().__init__(config)
         vlm_config = config.vlm_config
+        if config._attn_implementation not in ATTENTION:
+            raise ValueError(
+                f"attn_implementation={config._attn_implementation!r} is not one of {', '.join(ATTENTION)}"
+            )
         # A boolean mask under "eager" is silently wrong in transformers, so the language model never runs eager.
         for part in (vlm_config, vlm_config.vision_config, vlm_config.text_config):
             part._attn_implementation = "sdpa"
@@ -121,10 +127,13 @@ class InstructSAM(PreTrainedModel):
         hub = {name: kwargs.pop(name) for name in HUB_OPTIONS if name in kwargs}
         folder = resolve(pretrained_model_name_or_path, "InstructSAM", **hub)
         wants_info = kwargs.pop("output_loading_info", False)
+        if "torch_dtype" in kwargs:  # transformers' older name
+            kwargs.setdefault("dtype", kwargs.pop("torch_dtype"))
         if layout_of(folder) == RELEASED.name:
-            model, report = load_released(cls, folder, *args, **kwargs)
+            model, report = load_released(cls, folder, **kwargs)
             info: dict[str, Any] = {key: set() for key in ("missing_keys", "unexpected_keys", "mismatched_keys")}
-            logger.warning("%s", report)  # not the usual case, so it is said aloud
+            if int(os.environ.get("RANK", 0)) == 0:
+                logger.warning("%s", report)  # not the usual case, so it is said aloud
         else:
             model, info, report = load_own(super().from_pretrained, folder, **kwargs)
             logger.info("%s", report)
@@ -135,6 +144,13 @@ class InstructSAM(PreTrainedModel):
             load_adapter(model, folder)
         model.load_report = report
         return (model, info) if wants_info else model
+
+    def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:  # type: ignore[override]
+        """As transformers' own. With LoRA, base weights and adapter are written apart, see `lora.save_with_adapter`."""
+        if has_lora(self) and "state_dict" not in kwargs:
+            save_with_adapter(self, save_directory, **kwargs)
+        else:
+            super().save_pretrained(save_directory, **kwargs)
 
     def freeze_unused(self) -> None:
         """Exclude tensors that no output depends on; they exist for the checkpoint's layout only."""
@@ -147,6 +163,9 @@ class InstructSAM(PreTrainedModel):
         ]
         if self.config.query_mode == "replace":
             unused.append(detector.detr_decoder.query_embed)
+        # Each step upwards in the pixel decoder ends at one of the maps; there is a stage more than maps to go up to.
+        pixel_decoder, steps = detector.mask_decoder.pixel_decoder, detector.num_maps - 1
+        unused += [*pixel_decoder.conv_layers[steps:], *pixel_decoder.norms[steps:]]
         for module in unused:
             module.requires_grad_(False)
 

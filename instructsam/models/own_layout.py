@@ -30,12 +30,12 @@ def layout_of(folder: str | Path) -> str:
         raise ValueError(f"{folder}: no config.json there, so this is not a checkpoint folder") from None
     except (ValueError, AttributeError) as error:
         raise ValueError(f"{path}: not a configuration in JSON ({error})") from None
+    if has_weights(folder) and is_released(folder):  # names of tensors tell more than a configuration
+        return RELEASED.name
     if model_type == InstructSAMConfig.model_type:
         return NAME
     if not has_weights(folder):
         raise ValueError(f"{folder}: holds a {model_type!r} model without safetensors, which cannot be an InstructSAM")
-    if is_released(folder):
-        return RELEASED.name
     raise ValueError(
         f"{folder}: holds a {model_type!r} model, neither an InstructSAM nor one in the released layout; a new model "
         "is assembled with model=instructsam_2b model.vlm_path=DIR model.detector_path=DIR"

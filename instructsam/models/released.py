@@ -21,11 +21,15 @@ from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLConfig
 
 from instructsam.models.configuration import InstructSAMConfig
 from instructsam.models.full_size import QWEN3_VL_2B
-from instructsam.models.layouts import RELEASED
+from instructsam.models.layouts import RELEASED, untie_or_tie
 from instructsam.models.loading import LoadReport, Model, TensorFolder, as_dtype, empty_model, fill
 
 OURS = "instructsam"
 """Key of config.json under which the settings are kept that Qwen3-VL's configuration has no place for."""
+
+
+INDIFFERENT = {"trust_remote_code", "low_cpu_mem_usage", "use_safetensors"}
+"""Arguments of transformers' `from_pretrained` that change nothing here: no code is run, nor a pickle read."""
 
 
 def is_released(folder: str | Path) -> bool:
@@ -40,6 +44,7 @@ def released_config(folder: str | Path, tensors: TensorFolder) -> InstructSAMCon
         values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(f"{path}: cannot be read ({error})") from None
+    untie_or_tie(values)
     bridge = values.pop(OURS, None) or {"num_queries": tensors.shape("model.mask_queries")[0]}
     vlm = values if {"text_config", "vision_config"} <= set(values) else QWEN3_VL_2B
     fields = {key: value for key, value in vlm.items() if key not in ("architectures", "model_type", "_name_or_path")}
@@ -53,6 +58,7 @@ def load_released(
     config: InstructSAMConfig | None = None,
     dtype: str | torch.dtype | None = "auto",
     attn_implementation: str | None = None,
+    **unsupported: Any,
 ) -> tuple[Model, LoadReport]:
     """Load a folder of the released layout, every tensor or none.
 
@@ -60,10 +66,16 @@ def load_released(
         config: instead of what config.json says.
         dtype: of the result; "auto" keeps what the files hold (bfloat16 in the release).
         attn_implementation: ``sdpa`` (default) or ``flex_attention``, for the language model.
+        unsupported: refused, but for those that change nothing here.
 
     Raises:
         ValueError: files that cannot be read; missing, unexpected or mis-shaped tensors (named).
     """
+    if refused := sorted(set(unsupported) - INDIFFERENT):
+        raise ValueError(
+            f"{folder}: {', '.join(refused)} cannot be used with the released layout; convert it first: "
+            "python -m instructsam.export FOLDER OUTPUT --layout instructsam"
+        )
     tensors = TensorFolder(folder)
     config = config or released_config(folder, tensors)
     if attn_implementation is not None:

@@ -2,7 +2,8 @@
 
 Trainable parameters are float32 master weights, computed with in half precision under autocast. Frozen ones need no
 master: in the dtype that autocast computes in they take half the memory and save a cast in every step. Weights that are
-published in that dtype (the hub's Qwen3-VL is bfloat16) lose nothing.
+published in that dtype (the hub's Qwen3-VL is bfloat16) lose nothing; SAM 3's vision encoder, float32 there, is
+rounded, as it is in the released checkpoint.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from instructsam.models.assembly import FIRST_ROWS, assemble
@@ -16,6 +17,7 @@ from instructsam.models.layouts import QWEN3_VL, SAM3
 from instructsam.models.modeling import InstructSAM
 
 N = 5
+INPUTS = ("input_ids", "attention_mask", "pixel_values", "image_grid_thw", "detector_pixel_values")
 
 
 def settings(vlm: Path, detector: Path, **changes) -> dict:
@@ -91,6 +93,23 @@ def test_dtype_and_presence_token(qwen3_vl_dir, sam3_dir):
     model, _ = build_model(settings(qwen3_vl_dir, sam3_dir, dtype="bfloat16", config=config))
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
     assert "detector.detr_decoder.presence_token.weight" in model.load_report.loaded
+
+
+@pytest.mark.parametrize("query_mode", ["replace", "add"])
+@pytest.mark.parametrize("presence_token", [False, True])
+def test_every_trainable_tensor_gets_a_gradient(qwen3_vl_dir, sam3_dir, query_mode, presence_token):
+    """In the structure of the real parts, whose pixel decoder has a stage too many: DDP waits for unused parameters."""
+    config = {"num_queries": N, "query_init": "normal", "query_mode": query_mode, "presence_token": presence_token}
+    model, processor = build_model(settings(qwen3_vl_dir, sam3_dir, dtype="float32", config=config))
+    item = processor.encode_image(Image.new("RGB", (96, 96), "red"))
+    chat = processor.encode_chat(item["image_grid_thw"], [("all of them", ["red squares", "stars"])])
+    batch = processor.collate([{**item, "input_ids": chat.input_ids}])
+    output = model.train()(*(batch[name] for name in INPUTS)).detections
+    parts = [output.pred_masks, output.pred_logits, output.pred_boxes, output.presence_logits]
+    sum(part.square().mean() for part in parts if part is not None).backward()
+    assert not {
+        name for name, parameter in model.named_parameters() if parameter.requires_grad and parameter.grad is None
+    }
 
 
 def test_the_assembled_model_saves_and_loads(qwen3_vl_dir, sam3_dir, tmp_path):

@@ -332,3 +332,14 @@ def test_a_broken_adapter_is_not_merged(model):
     with pytest.raises(ValueError, match=f"{PROJECTIONS[5]}.lora_B is not finite"):
         merge_lora(model)
     torch.testing.assert_close(model.state_dict(), before, atol=0, rtol=0, equal_nan=True)
+
+
+def test_save_pretrained_writes_base_and_adapter_apart(checkpoint, tmp_path):
+    """As everyone calls it: the folder must load again, with the adapter in its place."""
+    model = InstructSAM.from_pretrained(checkpoint)
+    add_lora(model, LoraSettings(r=2))
+    model.save_pretrained(tmp_path / "whole")
+    again = InstructSAM.from_pretrained(tmp_path / "whole")
+    assert has_lora(again)
+    left, right = model.state_dict(), again.state_dict()
+    assert left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)

@@ -110,8 +110,13 @@ def test_dtype_and_attention_are_honoured(released):
     model = InstructSAM.from_pretrained(released, dtype="float16", attn_implementation="flex_attention")
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float16}
     assert model.vlm.language_model.config._attn_implementation == "flex_attention"
-    with pytest.raises(TypeError, match="quantization_config"):
+    assert (
+        InstructSAM.from_pretrained(released, torch_dtype=torch.float32, trust_remote_code=True).dtype == torch.float32
+    )
+    with pytest.raises(ValueError, match="quantization_config cannot be used with the released layout"):
         InstructSAM.from_pretrained(released, quantization_config={})
+    with pytest.raises(ValueError, match="attn_implementation='eager' is not one of sdpa, flex_attention"):
+        InstructSAM.from_pretrained(released, attn_implementation="eager")
 
 
 @pytest.mark.parametrize(
@@ -181,6 +186,16 @@ def test_a_config_that_knows_nothing_of_us(released, tmp_path):
     assert same(model.state_dict(), InstructSAM.from_pretrained(released).state_dict())
 
 
+def test_names_of_tensors_tell_more_than_the_configuration(released, tmp_path):
+    """Nobody here knows what the release calls itself: it may be the name that ours has."""
+    shutil.copytree(released, tmp_path / "named")
+    values = json.loads((released / "config.json").read_text())
+    values["text_config"]["tie_word_embeddings"] = values.pop("tie_word_embeddings")
+    (tmp_path / "named" / "config.json").write_text(json.dumps({**values, "model_type": "instructsam"}))
+    model = InstructSAM.from_pretrained(tmp_path / "named")
+    assert model.load_report.layout == "released InstructSAM" and model.lm_head is None
+
+
 def test_another_model_is_refused(qwen3_vl_dir, tmp_path):
     assert not is_released(qwen3_vl_dir)
     with pytest.raises(ValueError, match="holds a 'qwen3_vl' model"):
@@ -199,3 +214,15 @@ def test_a_processor_for_the_released_layout(checkpoint, tmp_path):
     mine, own = load_processor(tmp_path / "released", config), load_processor(checkpoint, config)
     assert mine.chat.token_ids == own.chat.token_ids and mine.vlm_image == own.vlm_image
     assert mine.mask_size == own.mask_size and mine.detector_image == own.detector_image
+
+
+def test_large_photographs_leave_room_for_words(checkpoint, tmp_path):
+    """Qwen's own pixel limit is twice the recipe's 8,192 visual tokens."""
+    from instructsam.export import export
+
+    export(checkpoint, tmp_path / "released")
+    path = tmp_path / "released" / "preprocessor_config.json"
+    size = {"shortest_edge": 4096, "longest_edge": 1 << 24}
+    path.write_text(json.dumps({**json.loads(path.read_text()), "size": size}))
+    processor = load_processor(tmp_path / "released", InstructSAM.from_pretrained(tmp_path / "released").config)
+    assert processor.vlm_image.max_pixels == 8192 * processor.vlm_image.factor**2
