@@ -30,7 +30,7 @@ from instructsam.training.lock import exclusive
 
 def train(settings: dict[str, Any]) -> dict[str, Any]:
     """Run one training as configured; returns the trainer's summary. See `training.trainer.Trainer.run`."""
-    from instructsam.models.checkpoints import make_readable
+    from instructsam.models.checkpoints import replace_folder
     from instructsam.models.lora import save_with_adapter
     from instructsam.training.build import build_task
     from instructsam.training.optim import OptimConfig
@@ -52,14 +52,17 @@ def train(settings: dict[str, Any]) -> dict[str, Any]:
 
         evaluate = periodic_evaluation(task, settings)
     fingerprint = {key: settings[key] for key in ("model", "data", "objective")}
+    if settings["data"].get("too_many_instances") == "raise":
+        # What runs did before there was a choice: they must be able to go on.
+        fingerprint["data"] = {key: value for key, value in settings["data"].items() if key != "too_many_instances"}
     optim = OptimConfig.from_dict(settings["optim"])
     trainer = Trainer(config, task.objective, task.dataset, task.collate, optim, evaluate, fingerprint, task.group_by)
     summary = trainer.run()
     if summary["status"] != "interrupted" and trainer.accelerator.is_main_process:
         folder = Path(settings["output_dir"]) / "checkpoint"
-        save_with_adapter(task.model, folder, save_dtype)
-        task.processor.save_pretrained(folder)
-        make_readable(folder)
+        with replace_folder(folder) as unfinished:
+            save_with_adapter(task.model, unfinished, save_dtype)
+            task.processor.save_pretrained(unfinished)
         print(f"model saved to {folder}")
     if trainer.accelerator.num_processes > 1:
         trainer.accelerator.wait_for_everyone()

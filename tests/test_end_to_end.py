@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,8 +20,11 @@ from instructsam import segment as segment_command
 from instructsam.data.coco_instructions import read_coco_instructions
 from instructsam.evaluate import evaluate
 from instructsam.evaluation.reliance import same_image, same_instruction
+from instructsam.models.checkpoints import replace_folder
 from instructsam.predictor import Predictor
 from instructsam.train import train
+from instructsam.training.build import build_task
+from instructsam.training.evaluating import periodic_evaluation
 
 GOLDEN_LOSSES = Path(__file__).parent / "golden" / "tiny_losses.json"
 RUNS = ("tiny_detector", "tiny_vlm", "tiny_world")
@@ -262,3 +268,103 @@ def test_training_from_scratch(more, world, tmp_path):
 def test_settings_that_cannot_work(override, message, world, tmp_path):
     with pytest.raises(ValueError, match=re.escape(message)):
         train(settings_of("train", f"data.root={world}", f"output_dir={tmp_path}", override))
+
+
+# ---- bad data, kills and older runs ---------------------------------------------------------------------------------
+
+SHORT = ["trainer.max_steps=2", "trainer.per_device_batch_size=2", "trainer.progress_bar=false"]
+
+
+def test_broken_picture_in_a_data_worker_is_one_clear_line(world, tmp_path):
+    shutil.copytree(world, tmp_path / "world")
+    for path in (tmp_path / "world/train/images").iterdir():
+        path.write_bytes(path.read_bytes()[:200])
+    command = [sys.executable, "-m", "instructsam.train", f"data.root={tmp_path / 'world'}", *SHORT]
+    command += [f"output_dir={tmp_path / 'run'}", "trainer.num_workers=2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    root = Path(__file__).parents[1]
+    failed = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=120)
+    assert failed.returncode == 1
+    lines = [line for line in failed.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and "broken or truncated?" in lines[0] and lines[0] == failed.stderr.splitlines()[-1]
+    assert "Traceback" not in failed.stderr
+
+
+def test_evaluation_skips_bad_records_and_only_one_rank_paints(world, tmp_path, monkeypatch):
+    shutil.copytree(world, tmp_path / "world")
+    next((tmp_path / "world/val/images").iterdir()).unlink()
+    options = [f"data.root={tmp_path / 'world'}", f"output_dir={tmp_path / 'run'}"]
+    settings = settings_of("train", *options, "evaluation.num_instructions=2", "evaluation.gallery_rows=1")
+    task = build_task(settings)
+    with pytest.raises(ValueError, match="no file"):
+        periodic_evaluation(task, settings)
+    settings["data"]["on_bad"] = "skip"
+    evaluate_task = periodic_evaluation(task, settings)
+    monkeypatch.setenv("RANK", "1")
+    other = evaluate_task(1)
+    assert not (tmp_path / "run").exists()
+    monkeypatch.setenv("RANK", "0")
+    assert evaluate_task(1) == other
+    assert (tmp_path / "run/samples/step_000001.png").stat().st_size > 0
+
+
+def test_a_kill_while_the_model_is_saved_leaves_the_older_one(world, tmp_path, monkeypatch):
+    settings = settings_of("train", f"data.root={world}", f"output_dir={tmp_path}", *SHORT)
+    train(settings)
+    folder = tmp_path / "checkpoint"
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    (folder / "adapter").mkdir()  # of an older run, in a complete checkpoint of its own
+    with monkeypatch.context() as patched:
+
+        def killed(*_):
+            assert {path.name for path in folder.iterdir()} == {*before, "adapter"}
+            raise SystemExit(9)
+
+        patched.setattr("instructsam.processing.processor.InstructSAMProcessor.save_pretrained", killed)
+        with pytest.raises(SystemExit):
+            train(settings)
+    assert {path.name for path in folder.iterdir()} == {*before, "adapter"}
+    (tmp_path / ".checkpoint.tmp").mkdir()  # a kill that allows no cleaning up
+    (tmp_path / ".checkpoint.tmp" / "stray").touch()
+    train(settings)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert not list(tmp_path.glob(".checkpoint*"))
+
+
+@pytest.mark.parametrize("exchanges", [True, False])
+def test_a_folder_is_replaced_as_a_whole(exchanges, tmp_path, monkeypatch):
+    if not exchanges:
+        monkeypatch.setattr("instructsam.models.checkpoints._exchange", lambda one, other: False)
+    folder = tmp_path / "model"
+    for content in ("old", "new"):
+        with replace_folder(folder) as unfinished:
+            assert unfinished != folder and not list(unfinished.iterdir())
+            (unfinished / "config.json").write_text(content)
+            (unfinished / content).touch()
+        assert {path.name for path in folder.iterdir()} == {"config.json", content}
+        assert (folder / "config.json").read_text() == content
+        assert list(tmp_path.iterdir()) == [folder]
+    with pytest.raises(OSError, match="disk full"), replace_folder(folder) as unfinished:
+        raise OSError("disk full")
+    assert list(tmp_path.iterdir()) == [folder] and (folder / "config.json").read_text() == "new"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="exchanging two names is a call of Linux")
+def test_there_is_never_no_folder(tmp_path, monkeypatch):
+    """On Linux the older folder is never renamed away first."""
+    folder, seen = tmp_path / "model", []
+    rename = Path.rename
+    monkeypatch.setattr(Path, "rename", lambda self, target: seen.append(self.name) or rename(self, target))
+    for _ in range(2):
+        with replace_folder(folder) as unfinished:
+            (unfinished / "config.json").touch()
+    assert seen == [".model.tmp"]
+
+
+def test_runs_from_before_the_choice_of_too_many_instances_go_on(world, tmp_path):
+    settings = settings_of("train", f"data.root={world}", f"output_dir={tmp_path}", *SHORT)
+    older = {**settings, "data": {k: v for k, v in settings["data"].items() if k != "too_many_instances"}}
+    train(older)
+    assert train(settings)["status"] == "already_complete"
+    with pytest.raises(ValueError, match="data.too_many_instances is 'absent' there and 'drop' here"):
+        train({**settings, "data": {**settings["data"], "too_many_instances": "drop"}})

@@ -53,8 +53,9 @@ def build_task(settings: Mapping[str, Any]) -> Task:
     name = objective.pop("name")
     if name not in OBJECTIVES:
         raise ValueError(f"objective.name={name!r} is not one of {', '.join(OBJECTIVES)}")
-    names = ("turns_per_image", "independent_turns", "kinds")
+    names = ("turns_per_image", "independent_turns", "kinds", "on_bad")
     options = {**{key: data[key] for key in names}, "seed": settings["seed"]}
+    options["too_many_instances"] = data.get("too_many_instances", "raise")  # configurations of older runs lack it
     # Heads draw their weights here: from the run's seed alone.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings["seed"] + 1)

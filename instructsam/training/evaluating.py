@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,8 @@ def periodic_evaluation(task: Task, settings: Mapping[str, Any]) -> Callable[[in
             gallery_rows.
     """
     options, data = settings["evaluation"], settings["data"]
-    items = flatten(read_coco_instructions(data["root"], data["val_split"]), options["num_instructions"])
+    samples = read_coco_instructions(data["root"], data["val_split"], data["on_bad"])
+    items = flatten(samples, options["num_instructions"])
 
     def evaluate(step: int) -> dict[str, float]:
         was_training = task.model.training
@@ -33,9 +35,10 @@ def periodic_evaluation(task: Task, settings: Mapping[str, Any]) -> Callable[[in
         with autocast_if_mixed(task.model):
             records = predict(predictor, items, options["threshold"], options["batch_size"], progress=False)
         task.model.train(was_training)
-        folder = Path(settings["output_dir"]) / "samples"
-        folder.mkdir(parents=True, exist_ok=True)
-        write_gallery(records, folder / f"step_{step:06d}.png", options["gallery_rows"])
+        if int(os.environ.get("RANK", 0)) == 0:  # all ranks predict the same
+            folder = Path(settings["output_dir"]) / "samples"
+            folder.mkdir(parents=True, exist_ok=True)
+            write_gallery(records, folder / f"step_{step:06d}.png", options["gallery_rows"])
         figures = evaluate_records(records)["overall"]
         return {key: figures[key] for key in KEYS if figures.get(key) is not None}
 

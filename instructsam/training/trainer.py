@@ -18,6 +18,7 @@ from __future__ import annotations
 import math
 import os
 import random
+import re
 import signal
 import threading
 import zlib
@@ -255,13 +256,20 @@ class Trainer:
 
     def train(self, stop: StopSignals) -> str:
         """Steps until max_steps or a signal; returns the status."""
-        config = self.config
         # A kill between a checkpoint and the evaluation of the same step leaves the latter to be made up for.
         self.evaluate_if_due()
         batches = self.open_data()
+        try:
+            return self._train_on(batches, stop)
+        finally:
+            close_data(batches)
+
+    def _train_on(self, batches: Iterator[Batch], stop: StopSignals) -> str:
+        config = self.config
         self.model.train()
         while self.finished_steps < self.max_steps:
-            must_stop = self.step([next(batches) for _ in range(config.accumulation)], stop.received is not None)
+            micro_batches = [next_batch(batches) for _ in range(config.accumulation)]
+            must_stop = self.step(micro_batches, stop.received is not None)
             done = self.finished_steps == self.max_steps
             if done or must_stop or (config.checkpoint_every and self.finished_steps % config.checkpoint_every == 0):
                 self.save()
@@ -436,6 +444,33 @@ def ignore_signals(_: int = 0) -> None:
     """For data workers: a terminal signals the whole process group, but the step in progress still needs its data."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def next_batch(batches: Iterator[Batch]) -> Batch:
+    """The next micro batch. A ValueError of a data worker is raised with its own message, as without workers."""
+    try:
+        return next(batches)
+    except ValueError as error:
+        # PyTorch puts the worker's whole traceback into the message; the last line of it starts the original one.
+        start = rf"^(?:\w+\.)*{type(error).__name__}: "
+        if str(error).startswith("Caught ") and re.search(start, str(error), re.MULTILINE):
+            raise type(error)(re.split(start, str(error), flags=re.MULTILINE)[-1].strip()) from error
+        raise
+
+
+def close_data(batches: Iterator[Batch]) -> None:
+    """End the data workers, if there are any.
+
+    An exception's traceback would keep the iterator and so its workers alive, and at exit Python would wait for ever
+    for processes that ignore its SIGTERM.
+    """
+    shutdown = getattr(batches, "_shutdown_workers", None)
+    if shutdown is None:  # data are read in this process
+        return
+    shutdown()
+    for worker in getattr(batches, "_workers", ()):
+        if worker.is_alive():  # in the middle of a picture
+            worker.kill()
 
 
 def start_accelerator(config: TrainerConfig) -> Accelerator:

@@ -18,9 +18,12 @@ from instructsam.training.trainer import Trainer, TrainerConfig
 class ToyDataset(torch.utils.data.Dataset):
     """Points on a noisy plane; the noise comes from (epoch, index) alone. Every third sample has `rare` units."""
 
-    def __init__(self, length: int = 10, bad_index: int | None = None, rare: bool = True) -> None:
+    def __init__(
+        self, length: int = 10, bad_index: int | None = None, rare: bool = True, fail_index: int | None = None
+    ) -> None:
         self.length = length
         self.bad_index = bad_index
+        self.fail_index = fail_index
         self.rare = rare
 
     def __len__(self) -> int:
@@ -28,6 +31,8 @@ class ToyDataset(torch.utils.data.Dataset):
 
     def __getitem__(self, key: tuple[int, int]) -> dict:
         epoch, index = key
+        if index == self.fail_index:
+            raise ValueError(f"toy-{index} is broken: no picture")
         x = torch.randn(4, generator=torch.Generator().manual_seed(index))
         noise = torch.randn((), generator=torch.Generator().manual_seed(1000 + 100 * epoch + index))
         y = x.sum() + 0.1 * noise
@@ -107,16 +112,20 @@ def main() -> None:
     parser.add_argument("output_dir")
     parser.add_argument("--settings", type=json.loads, default={})
     parser.add_argument("--bad-index", type=int)
+    parser.add_argument("--fail-index", type=int, help="this sample cannot be read")
+    parser.add_argument("--fail-at", type=int, help="the objective fails in this step")
     parser.add_argument("--die-by", help="NAME:STEP:RANK, sent to itself in that step")
     arguments = parser.parse_args()
 
     def at_step(step: int) -> None:
+        if step == arguments.fail_at:
+            raise KeyError("no such term")
         if arguments.die_by:
             name, when, rank = arguments.die_by.split(":")
             if step == int(when) and os.environ.get("RANK", "0") == rank:
                 os.kill(os.getpid(), getattr(signal, name))
 
-    dataset = ToyDataset(bad_index=arguments.bad_index)
+    dataset = ToyDataset(bad_index=arguments.bad_index, fail_index=arguments.fail_index)
     trainer = toy_trainer(arguments.output_dir, dataset=dataset, at_step=at_step, **arguments.settings)
     result = trainer.run()
     print(f"rank {os.environ.get('RANK', '0')} result {json.dumps(result)}")

@@ -35,6 +35,7 @@ LAYERS, LANGUAGE = 4, "model.vlm.language_model"
 # Tensors of the detector that no output depends on (`InstructSAM.freeze_unused`).
 UNUSED = (
     "text_projection.", "geometry_encoder.", "mask_decoder.semantic_projection.", "detr_decoder.query_embed.",
+    "mask_decoder.pixel_decoder.conv_layers.2.", "mask_decoder.pixel_decoder.norms.2.",
 )  # fmt: skip
 
 

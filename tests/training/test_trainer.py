@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -17,7 +19,7 @@ from safetensors.torch import load_file
 
 from instructsam.data.samplers import StepSampler
 from instructsam.training.checkpointing import FOLDER, WEIGHTS_FILE
-from instructsam.training.trainer import TrainerConfig
+from instructsam.training.trainer import TrainerConfig, close_data
 
 TOY = Path(__file__).with_name("multiprocess_toy.py")
 spec = importlib.util.spec_from_file_location("multiprocess_toy", TOY)
@@ -35,14 +37,14 @@ def on_cpu(monkeypatch):
     AcceleratorState._reset_state(True)
 
 
-def run_script(*arguments, processes: int = 1, **variables: str) -> subprocess.CompletedProcess:
+def run_script(*arguments, processes: int = 1, seconds: float = 300, **variables: str) -> subprocess.CompletedProcess:
     launcher = [sys.executable]
     if processes > 1:
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     path = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
     environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", **variables}
     return subprocess.run(
-        [*launcher, str(TOY), *map(str, arguments)], env=environment, capture_output=True, text=True, timeout=300
+        [*launcher, str(TOY), *map(str, arguments)], env=environment, capture_output=True, text=True, timeout=seconds
     )
 
 
@@ -320,6 +322,63 @@ def test_grouped_order_is_used_and_resumed(tmp_path):
 
 
 # ---------------------------------------------------------------------- failing
+
+
+def test_error_in_a_data_worker_ends_the_run_with_its_own_message(tmp_path):
+    settings = json.dumps({"num_workers": 2})
+    failed = run_script(tmp_path, "--settings", settings, "--fail-index", "7", seconds=60)
+    assert failed.returncode == 1
+    assert failed.stderr.splitlines()[-1] == "ValueError: toy-7 is broken: no picture"
+
+
+def test_error_in_the_objective_ends_the_run_and_its_workers(tmp_path):
+    failed = run_script(tmp_path, "--settings", json.dumps({"num_workers": 2}), "--fail-at", "2", seconds=60)
+    assert failed.returncode == 1
+    assert failed.stderr.splitlines()[-1] == "KeyError: 'no such term'" and len(losses_of(tmp_path)) == 1
+
+
+def test_workers_are_gone_after_an_error_and_after_the_end(tmp_path):
+    with pytest.raises(ValueError) as caught:  # the traceback that is kept here holds on to the iterator
+        toy.toy_trainer(tmp_path / "failed", dataset=toy.ToyDataset(fail_index=7), num_workers=2).run()
+    assert str(caught.value) == "toy-7 is broken: no picture"
+    assert not multiprocessing.active_children()
+    toy.toy_trainer(tmp_path / "whole", num_workers=2).run()
+    assert not multiprocessing.active_children()
+
+
+class SlowDataset(toy.ToyDataset):
+    """Sample 7 takes longer than anybody waits."""
+
+    def __getitem__(self, key):
+        if key[1] == 7:
+            time.sleep(300)
+        return super().__getitem__(key)
+
+
+def test_busy_worker_is_killed(tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.2)
+    batches = toy.toy_trainer(tmp_path, dataset=SlowDataset(), num_workers=2)
+    batches.setup()
+    iterator = batches.open_data()
+    time.sleep(1)
+    close_data(iterator)
+    for worker in iterator._workers:
+        worker.join(timeout=10)
+        assert not worker.is_alive()
+
+
+def test_signal_to_the_whole_group_lets_the_step_finish(tmp_path):
+    """What a terminal or a scheduler does: workers get the signal too, and go on until the step has its data."""
+
+    def at_step(step):
+        if step == 4:
+            for process in [*multiprocessing.active_children(), multiprocessing.current_process()]:
+                os.kill(process.pid, signal.SIGTERM)
+
+    settings = {"num_workers": 2, "accumulation": 2, "per_device_batch_size": 2, "checkpoint_every": 0}
+    result = toy.toy_trainer(tmp_path, at_step=at_step, **settings).run()
+    assert result["status"] == "interrupted" and 4 <= result["step"] <= 5
+    assert not multiprocessing.active_children()
 
 
 def test_non_finite_loss_names_step_and_samples(tmp_path):
