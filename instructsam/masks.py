@@ -10,7 +10,7 @@ Shapes: N masks, H W pixels. Boxes are [x1, y1, x2, y2] in pixels with exclusive
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from numbers import Integral
 from typing import Any, cast
 
@@ -55,31 +55,67 @@ def check_rles(
 
 
 def _check(rles: Iterable[Any], height: int | None, width: int | None, name: Callable[[int], str]) -> list[RLE]:
+    sizes, strings = _sizes_and_strings(rles, height, width, name)
+    canonical = [string for chunk, _, _ in _checked_chunks(sizes, strings, name) for string in chunk]
+    return [_rle(size, string) for size, string in zip(sizes, canonical, strict=True)]
+
+
+def check_runs(
+    rles: Iterable[Any], what: Callable[[int], str]
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    """Check as :func:`check_rles`, for those who want run lengths: nothing is compressed or read a second time.
+
+    Returns:
+        (N, 2) sizes; all run lengths one after another, as listed (empty runs stay); and (N + 1,) where each mask's
+        begin (and the last ends).
+    """
+    sizes, strings = _sizes_and_strings(rles, None, None, what)
+    if not sizes:
+        return np.zeros((0, 2), np.int64), np.zeros(0, np.int64), np.zeros(1, np.int64)
+    chunks = [(counts, starts) for _, counts, starts in _checked_chunks(sizes, strings, what)]
+    lengths = np.concatenate([np.diff(starts) for _, starts in chunks])
+    counts_flat = np.concatenate([counts for counts, _ in chunks])
+    return np.array(sizes, dtype=np.int64), counts_flat, np.concatenate([[0], np.cumsum(lengths)])
+
+
+def _checked_chunks(
+    sizes: list[list[int]], strings: list[bytes], name: Callable[[int], str]
+) -> Iterator[tuple[list[bytes], NDArray[np.int64], NDArray[np.int64]]]:
+    """Canonical strings, run lengths and their starts of consecutive masks, as many at a time as fit the cache."""
+    start = 0
+    while start < len(strings):
+        stop, chars = start + 1, len(strings[start])
+        while stop < len(strings) and chars + len(strings[stop]) <= _CHUNK_CHARS:
+            chars += len(strings[stop])
+            stop += 1
+        yield _check_counts(strings[start:stop], sizes[start:stop], _shifted(name, start))
+        start = stop
+
+
+def _sizes_and_strings(
+    rles: Iterable[Any], height: int | None, width: int | None, name: Callable[[int], str]
+) -> tuple[list[list[int]], list[bytes]]:
+    """Sizes, and compressed counts that have not been looked into yet."""
     sizes: list[list[int]] = []
     strings: list[bytes] = []
     for index, rle in enumerate(rles):
         try:
             size, counts = _fields(rle, height, width)
-            sizes.append(size)
+            sizes.append(sizes[-1] if sizes and sizes[-1] == size else size)  # fewer objects for the collector to visit
             strings.append(counts if isinstance(counts, bytes) else _compress(_run_lengths(counts, size), size))
         except ValueError as error:
             raise ValueError(f"{name(index)}: {error}") from None
-    canonical: list[bytes] = []
-    while (start := len(canonical)) < len(strings):
-        stop, chars = start + 1, len(strings[start])
-        while stop < len(strings) and chars + len(strings[stop]) <= _CHUNK_CHARS:
-            chars += len(strings[stop])
-            stop += 1
-        canonical += _check_counts(strings[start:stop], sizes[start:stop], _shifted(name, start))
-    return [_rle(size, string) for size, string in zip(sizes, canonical, strict=True)]
+    return sizes, strings
 
 
 def _shifted(name: Callable[[int], str], start: int) -> Callable[[int], str]:
     return lambda index: name(start + index)
 
 
-def _check_counts(strings: list[bytes], sizes: list[list[int]], name: Callable[[int], str]) -> list[bytes]:
-    """The strings in canonical form, if every one fills its size."""
+def _check_counts(
+    strings: list[bytes], sizes: list[list[int]], name: Callable[[int], str]
+) -> tuple[list[bytes], NDArray[np.int64], NDArray[np.int64]]:
+    """The strings in canonical form, if every one fills its size; and what `_read_counts` read."""
     counts_flat, starts = _read_counts(strings, name)
     pixels = np.array([size[0] * size[1] for size in sizes], dtype=np.int64)
     pixels_flat = np.repeat(pixels, np.diff(starts))
@@ -91,7 +127,7 @@ def _check_counts(strings: list[bytes], sizes: list[list[int]], name: Callable[[
             f"{name(index)}: run {at - starts[index]} has length {counts_flat[at]}, "
             f"which does not fit {_times(sizes[index])} = {pixels[index]} pixels"
         )
-    totals = np.add.reduceat(counts_flat, starts[:-1])
+    totals = np.add.reduceat(counts_flat, starts[:-1], dtype=np.int64)
     if (totals != pixels).any():
         index = int((totals != pixels).argmax())
         raise ValueError(
@@ -105,17 +141,20 @@ def _check_counts(strings: list[bytes], sizes: list[list[int]], name: Callable[[
         for index in {_segment(starts, at) for at in np.flatnonzero(empty_runs).tolist()}:
             runs = _without_empty_runs(counts_flat[starts[index] : starts[index + 1]])
             strings[index] = _compress(runs, sizes[index])
-    return strings
+    return strings, counts_flat, starts
 
 
 def _fields(rle: Any, height: int | None, width: int | None) -> tuple[list[int], Any]:
     """Size and counts of something that should be an RLE; textual counts come as bytes."""
-    if not isinstance(rle, Mapping):
+    if type(rle) is not dict and not isinstance(rle, Mapping):  # the first test is the fast one
         raise ValueError(f"expected a dict with size and counts, got {type(rle).__name__}")
-    if missing := [key for key in ("size", "counts") if key not in rle]:
-        raise ValueError(f"has no {' and no '.join(missing)}")
-    size = rle["size"]
-    if not isinstance(size, list | tuple | np.ndarray) or len(size) != 2 or not all(map(_is_integer, size)):
+    try:
+        size, counts = rle["size"], rle["counts"]
+    except KeyError:
+        missing = [key for key in ("size", "counts") if key not in rle]
+        raise ValueError(f"has no {' and no '.join(missing)}") from None
+    # Tuples of types, since a union is made anew at every call.
+    if not isinstance(size, (list, tuple, np.ndarray)) or len(size) != 2 or not all(map(_is_integer, size)):
         raise ValueError(f"size must be two integers [height, width], got {size!r}")
     rows, columns = int(size[0]), int(size[1])
     _check_size(rows, columns)
@@ -123,12 +162,11 @@ def _fields(rle: Any, height: int | None, width: int | None) -> tuple[list[int],
         raise ValueError(
             f"size is {_times((rows, columns))} (height x width), expected {height or 'any'}x{width or 'any'}"
         )
-    counts = rle["counts"]
     if isinstance(counts, str):
         if not counts.isascii():
             raise ValueError("counts holds characters that are not ASCII")
         counts = counts.encode("ascii")
-    elif not isinstance(counts, bytes | list | tuple | np.ndarray):
+    elif not isinstance(counts, (bytes, list, tuple, np.ndarray)):
         raise ValueError(f"counts must be a compressed string or a list of run lengths, got {type(counts).__name__}")
     if len(counts) == 0:
         raise ValueError("counts is empty")
@@ -172,28 +210,38 @@ def _read_counts(strings: Sequence[bytes], name: Callable[[int], str]) -> tuple[
         index = int(is_last[char_starts[1:] - 1].argmin())
         raise ValueError(f"{name(index)}: counts is truncated, its last number is incomplete")
     lasts = np.flatnonzero(is_last)
-    firsts = np.concatenate([[0], lasts[:-1] + 1])
-    digits = lasts - firsts + 1
-    if digits.max() > _MAX_DIGITS:
-        index = _segment(char_starts, int(firsts[digits.argmax()]))
+    starts = np.concatenate([[0], np.searchsorted(lasts, char_starts[1:] - 1) + 1])
+    extra = np.diff(lasts, prepend=-1) - 1  # digits after the first
+    most = int(extra.max())
+    if most >= _MAX_DIGITS:
+        index = _segment(starts, int(extra.argmax()))
         raise ValueError(f"{name(index)}: counts holds a number too long for any image")
-    values = (chars[firsts] & 0x1F).astype(np.int64)
-    for place in range(1, int(digits.max())):
-        longer = np.flatnonzero(digits > place)
-        values[longer] |= (chars[firsts[longer] + place] & 0x1F).astype(np.int64) << (5 * place)
-    negative = np.flatnonzero(chars[lasts] & 0x10)
-    values[negative] -= np.int64(1) << (5 * digits[negative])
+    values = ((chars[lasts] & 0x1F) ^ 0x10).astype(np.int64) - 0x10  # the last digit, with its sign
+    if most:
+        longer = np.flatnonzero(extra)
+        ends, places, numbers = lasts[longer], extra[longer], values[longer]
+        for place in range(1, most + 1):
+            still = slice(None) if place == 1 else np.flatnonzero(places >= place)
+            numbers[still] = (numbers[still] << 5) | (chars[ends[still] - place] & 0x1F)
+        values[longer] = numbers
+    return _undo_differences(values, starts), starts
 
-    starts = np.searchsorted(firsts, char_starts)
-    position = np.arange(len(values)) - np.repeat(starts[:-1], np.diff(starts))
-    # Undo the differences: 1, 3, 5, ... and 2, 4, 6, ... of every string are running sums; number 0 stands alone.
-    for chain in (np.flatnonzero(position % 2 == 1), np.flatnonzero((position % 2 == 0) & (position > 0))):
-        if len(chain):
-            begins = np.flatnonzero(position[chain] <= 2)
-            sums = np.cumsum(values[chain])
-            before = sums[begins] - values[chain[begins]]
-            values[chain] = sums - np.repeat(before, np.diff(np.append(begins, len(chain))))
-    return values, starts
+
+def _undo_differences(values: NDArray[np.int64], starts: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Numbers 1, 3, 5, ... and 2, 4, 6, ... of every string are running sums; number 0 stands alone."""
+    # Every string begins a row of two columns, so that one sum down the columns does both for all strings.
+    lengths = np.diff(starts)
+    rows = np.concatenate([[0], np.cumsum((lengths + 1) // 2)])
+    at = np.arange(len(values)) + np.repeat(2 * rows[:-1] - starts[:-1], lengths)
+    paired = np.zeros((rows[-1], 2), dtype=np.int64)
+    flat = paired.reshape(-1)
+    flat[at] = values
+    flat[2 * rows[:-1]] = 0
+    totals = np.add.reduceat(paired, rows[:-1], axis=0)
+    paired[rows[1:-1]] -= totals[:-1]  # begin each string anew
+    np.cumsum(paired, axis=0, out=paired)
+    flat[2 * rows[:-1]] = values[starts[:-1]]
+    return flat[at]
 
 
 def _without_empty_runs(counts: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -213,7 +261,7 @@ def _rle(size: Sequence[int], counts: bytes) -> RLE:
 
 
 def _is_integer(value: Any) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool)
+    return type(value) is int or (isinstance(value, Integral) and not isinstance(value, bool))
 
 
 def _segment(starts: NDArray[np.int64], position: int) -> int:

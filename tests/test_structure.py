@@ -21,9 +21,11 @@ PACKAGE = REPOSITORY / "instructsam"
 MAX_LINES = 600
 
 FLOOR = {"structures", "masks"}
-RECORDS = {"evaluation.metrics", "evaluation.average_precision", "evaluation.report"}  # usable without torch
+# Usable without torch.
+RECORDS = {f"evaluation.{name}" for name in ("metrics", "average_precision", "report", "tables", "records", "measure")}
+RECORDS |= {f"evaluation.{name}" for name in ("measured", "overlaps", "concept_f1", "bootstrap", "sweep", "coco_ap")}
 PARTS = FLOOR | {"processing", "models", "losses", "data", "visualization", "predictor", "evaluation"}
-ENTRY_POINTS = {"train", "evaluate", "segment", "demo", "merge", "export", "make_tiny_world", "prepare"}
+ENTRY_POINTS = {"train", "evaluate", "segment", "demo", "merge", "export", "compare", "make_tiny_world", "prepare"}
 
 # What each part may import besides itself. A module belongs to the longest name that fits it.
 ALLOWED: dict[str, set[str]] = {

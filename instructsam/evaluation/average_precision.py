@@ -27,20 +27,28 @@ def match_predictions(
     Returns:
         (T, P) boolean, columns in the order that the predictions are listed in.
     """
-    thresholds = np.asarray(thresholds_T, dtype=np.float64)
-    num_predictions, num_truths = ious_PG.shape
-    hits_TP = np.zeros((len(thresholds), num_predictions), dtype=np.bool_)
-    if num_truths == 0:
-        return hits_TP
-    rows = np.arange(len(thresholds))
-    taken_TG = np.zeros((len(thresholds), num_truths), dtype=np.bool_)
-    for index in rank(scores_P):
-        free_TG = np.where(taken_TG, -1.0, ious_PG[index])
-        best_T = free_TG.argmax(axis=1)
-        hit_T = free_TG[rows, best_T] >= thresholds
-        hits_TP[:, index] = hit_T
-        taken_TG[rows[hit_T], best_T[hit_T]] = True
+    order = rank(scores_P)
+    hits_TP = np.zeros((np.size(thresholds_T), len(order)), dtype=np.bool_)
+    hits_TP[:, order] = match_ranked(ious_PG[None, order], thresholds_T)[0]
     return hits_TP
+
+
+def match_ranked(ious_RPG: NDArray[np.float64], thresholds_T: ArrayLike = IOU_THRESHOLDS) -> NDArray[np.bool_]:
+    """Hits (R, T, P) of R instructions with equally many predictions, each in the order of its ranking, and truths."""
+    thresholds = np.asarray(thresholds_T, dtype=np.float64)
+    num_records, num_predictions, num_truths = ious_RPG.shape
+    hits_RTP = np.zeros((num_records, len(thresholds), num_predictions), dtype=np.bool_)
+    if num_truths == 0:
+        return hits_RTP
+    taken_RTG = np.zeros((num_records, len(thresholds), num_truths), dtype=np.bool_)
+    for index in range(num_predictions):
+        free_RTG = np.where(taken_RTG, -1.0, ious_RPG[:, None, index])
+        best_RT1 = free_RTG.argmax(axis=2)[:, :, None]
+        hit_RT = np.take_along_axis(free_RTG, best_RT1, axis=2)[:, :, 0] >= thresholds
+        hits_RTP[:, :, index] = hit_RT
+        rows_R, rows_T = np.nonzero(hit_RT)
+        taken_RTG[rows_R, rows_T, best_RT1[rows_R, rows_T, 0]] = True
+    return hits_RTP
 
 
 def average_precision(hits_TP: NDArray[np.bool_], scores_P: ArrayLike, num_truths: int) -> NDArray[np.float64]:
@@ -64,6 +72,24 @@ def average_precision(hits_TP: NDArray[np.bool_], scores_P: ArrayLike, num_truth
     envelope_TP = np.maximum.accumulate(precision_TP[:, ::-1], axis=1)[:, ::-1]
     # Recall rises by 1 / num_truths at each hit and nowhere else.
     return np.where(ranked_TP, envelope_TP, 0.0).sum(axis=1) / num_truths
+
+
+def average_precision_101(hits_TP: NDArray[np.bool_], scores_P: ArrayLike, num_truths: int) -> NDArray[np.float64]:
+    """COCO's interpolation of the same curve: the best precision at a recall or beyond, at recalls 0, 0.01, ..., 1.
+
+    Arguments and result as :func:`average_precision`. Recalls that are not reached count 0.
+    """
+    if num_truths == 0 or hits_TP.shape[1] == 0:
+        return np.zeros(hits_TP.shape[0])
+    found_TP = np.cumsum(hits_TP[:, rank(scores_P)], axis=1)
+    precision_TP = found_TP / np.arange(1, found_TP.shape[1] + 1)
+    envelope_TP = np.maximum.accumulate(precision_TP[:, ::-1], axis=1)[:, ::-1]
+    recalls = np.linspace(0, 1, 101)
+    ap_T = np.zeros(len(found_TP))
+    for row, (found_P, envelope_P) in enumerate(zip(found_TP, envelope_TP, strict=True)):
+        first = np.searchsorted(found_P / num_truths, recalls)
+        ap_T[row] = np.append(envelope_P, 0.0)[first].mean()
+    return ap_T
 
 
 def rank(scores_P: ArrayLike) -> NDArray[np.intp]:
