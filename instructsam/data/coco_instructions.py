@@ -17,43 +17,18 @@ and kind are optional. Pictures are not opened here, only looked for.
 from __future__ import annotations
 
 import json
-import logging
-import math
-from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from instructsam import masks
+from instructsam.data.checks import OnBad, Skips, is_finite, is_id, is_text, read_bytes
+from instructsam.data.coco_instances import annotations_by_image, categories_by_id, images_by_id, load_instances
 from instructsam.structures import RLE, PhraseTarget, Sample, Turn
 
-logger = logging.getLogger(__name__)
-
-OnBad = Literal["raise", "skip"]
-_LOGGED = 20
-"""So many skipped entries are logged one by one; all of them are counted."""
 _BLOCK = 256
 """Images whose masks are checked together."""
-
-
-@dataclass
-class _Skips:
-    """What to do about bad entries: raise, or count and log them up to a limit."""
-
-    on_bad: OnBad
-    max_bad: int | None
-    counts: Counter[str] = field(default_factory=Counter)
-
-    def bad(self, what: str, message: str) -> None:
-        if self.on_bad == "raise":
-            raise ValueError(message)
-        self.counts[what] += 1
-        total = self.counts.total()
-        if total <= _LOGGED:
-            logger.warning("skipped: %s", message)
-        if self.max_bad is not None and total > self.max_bad:
-            raise ValueError(f"{message}; that makes {total} bad entries, more than the {self.max_bad} allowed")
 
 
 @dataclass(frozen=True)
@@ -86,17 +61,15 @@ def read_coco_instructions(
             instruction or phrase, masks that are malformed, empty or of another size than their image. A file that
             cannot be read as a whole is an error with "skip" too.
     """
-    if on_bad not in ("raise", "skip"):
-        raise ValueError(f"on_bad must be 'raise' or 'skip', got {on_bad!r}")
     if limit is not None and limit < 1:
         raise ValueError(f"limit={limit}: must be at least 1, or None for all")
     folder = Path(root) / split
-    skips = _Skips(on_bad, max_bad)
+    skips = Skips(on_bad, max_bad)
     instances_file, instructions_file = folder / "instances.json", folder / "instructions.jsonl"
-    coco = _load_instances(instances_file)
-    categories = _categories(instances_file, coco.get("categories", []))
-    images = _images(instances_file, coco["images"], skips)
-    annotations = _annotations_by_image(instances_file, coco["annotations"], set(images), skips)
+    coco = load_instances(instances_file)
+    categories = categories_by_id(instances_file, coco.get("categories", []))
+    images = images_by_id(instances_file, coco["images"], skips)
+    annotations = annotations_by_image(instances_file, coco["annotations"], set(images), skips)
     lines = _instructions_by_image(instructions_file, images, skips)
 
     samples: list[Sample] = []
@@ -119,85 +92,13 @@ def read_coco_instructions(
         if turns:
             infos = tuple(item.info for item in objects.values())
             samples.append(Sample(f"{split}/{image_id}", path, image["height"], image["width"], turns, infos))
-    if skips.counts:
-        summary = ", ".join(f"{count} {what}" for what, count in sorted(skips.counts.items()))
-        logger.warning("%s: skipped %s; %d images are left", folder, summary, len(samples))
+    skips.summarise(folder, f"{len(samples)} images")
     if not samples:
         raise ValueError(f"{folder}: no image with a usable instruction")
     return samples
 
 
-# ---- instances.json ---------------------------------------------------------------------------------------------
-
-
-def _load_instances(path: Path) -> dict[str, Any]:
-    try:
-        coco = json.loads(path.read_bytes())
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror})") from error
-    except ValueError as error:
-        raise ValueError(f"{path}: is not valid JSON ({error})") from error
-    if not isinstance(coco, dict):
-        raise ValueError(f"{path}: expected an object with images and annotations, got {type(coco).__name__}")
-    for key in ("images", "annotations"):
-        if not isinstance(coco.get(key), list):
-            raise ValueError(f"{path}: has no list {key!r}")
-    return coco
-
-
-def _categories(path: Path, entries: Any) -> dict[Any, str]:
-    try:
-        return {entry["id"]: str(entry["name"]) for entry in entries}
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{path}: every entry of categories needs id and name") from error
-
-
-def _images(path: Path, entries: list[Any], skips: _Skips) -> dict[Any, dict[str, Any]]:
-    """The usable images by id."""
-    images: dict[Any, dict[str, Any]] = {}
-    for index, entry in enumerate(entries):
-        where = f"{path}: images[{index}]"
-        reason = _why_no_image(entry)
-        if reason is None and entry["id"] in images:
-            reason = f"id {entry['id']!r} occurs a second time"
-        if reason is not None:
-            skips.bad("images", f"{where}: {reason}")
-            continue
-        images[entry["id"]] = entry
-    return images
-
-
-def _why_no_image(entry: Any) -> str | None:
-    if not isinstance(entry, dict):
-        return f"expected an object, got {type(entry).__name__}"
-    if not _is_id(entry.get("id")):
-        return f"id must be a number or a string, got {entry.get('id')!r}"
-    if not isinstance(entry.get("file_name"), str) or not entry["file_name"]:
-        return "has no file_name"
-    for key in ("height", "width"):
-        if not isinstance(entry.get(key), int) or isinstance(entry[key], bool) or entry[key] < 1:
-            return f"{key} must be a positive number of pixels, got {entry.get(key)!r}"
-    return None
-
-
-def _annotations_by_image(
-    path: Path, entries: list[Any], known: set[Any], skips: _Skips
-) -> dict[Any, list[tuple[int, dict[str, Any]]]]:
-    """Annotations (with their place in the file) by image id; their contents are not looked at yet."""
-    by_image: dict[Any, list[tuple[int, dict[str, Any]]]] = {}
-    seen: set[Any] = set()
-    for index, entry in enumerate(entries):
-        where = f"{path}: annotations[{index}]"
-        if not isinstance(entry, dict) or not _is_id(entry.get("id")):
-            skips.bad("annotations", f"{where}: expected an object with an id")
-        elif entry["id"] in seen:
-            skips.bad("annotations", f"{where}: id {entry['id']!r} occurs a second time")
-        elif not _is_id(entry.get("image_id")) or entry["image_id"] not in known:
-            skips.bad("annotations", f"{where} (id {entry['id']!r}): unknown image_id {entry.get('image_id')!r}")
-        else:
-            seen.add(entry["id"])
-            by_image.setdefault(entry["image_id"], []).append((index, entry))
-    return by_image
+# ---- annotations -------------------------------------------------------------------------------------------------
 
 
 def _objects(
@@ -206,7 +107,7 @@ def _objects(
     entries: list[tuple[int, dict[str, Any]]],
     categories: dict[Any, str],
     checked: dict[Any, RLE],
-    skips: _Skips,
+    skips: Skips,
 ) -> dict[Any, _Object]:
     """The usable annotations of one image by id. Crowd regions are not instances and are left out."""
     height, width = image["height"], image["width"]
@@ -244,12 +145,12 @@ def _check_together(
 def _object(entry: dict[str, Any], height: int, width: int, categories: dict[Any, str], checked: RLE | None) -> _Object:
     box = entry.get("bbox")
     if box is not None:
-        if not isinstance(box, list) or len(box) != 4 or not all(_is_finite(value) for value in box):
+        if not isinstance(box, list) or len(box) != 4 or not all(is_finite(value) for value in box):
             raise ValueError(f"bbox must be four numbers [x, y, w, h], got {box!r}")
         if box[2] <= 0 or box[3] <= 0:
             raise ValueError(f"bbox {box} has no extent")
     category = entry.get("category_id")
-    if category is not None and (not _is_id(category) or category not in categories):
+    if category is not None and (not is_id(category) or category not in categories):
         raise ValueError(f"unknown category_id {category!r}")
     attributes = entry.get("attributes", {})
     if not isinstance(attributes, dict):
@@ -285,13 +186,10 @@ def _object(entry: dict[str, Any], height: int, width: int, categories: dict[Any
 
 
 def _instructions_by_image(
-    path: Path, images: dict[Any, dict[str, Any]], skips: _Skips
+    path: Path, images: dict[Any, dict[str, Any]], skips: Skips
 ) -> dict[Any, list[tuple[int, dict[str, Any]]]]:
     """Instructions (with their line numbers) by image id; their phrases are not looked up yet."""
-    try:
-        lines = path.read_bytes().splitlines()
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror})") from error
+    lines = read_bytes(path).splitlines()
     by_image: dict[Any, list[tuple[int, dict[str, Any]]]] = {}
     seen: dict[str, int] = {}
     for number, line in enumerate(lines, start=1):
@@ -315,9 +213,9 @@ def _check_instruction(entry: Any) -> None:
     if not isinstance(entry, dict):
         raise ValueError(f"expected an object, got {type(entry).__name__}")
     for key in ("id", "image_id"):
-        if not _is_id(entry.get(key)):
+        if not is_id(entry.get(key)):
             raise ValueError(f"{key} must be a number or a string, got {entry.get(key)!r}")
-    if not _is_text(entry.get("instruction")):
+    if not is_text(entry.get("instruction")):
         raise ValueError(f"the instruction is empty: {entry.get('instruction')!r}")
     if not isinstance(entry.get("kind", ""), str):
         raise ValueError(f"kind must be a string, got {entry['kind']!r}")
@@ -325,17 +223,17 @@ def _check_instruction(entry: Any) -> None:
     if not isinstance(phrases, list) or not phrases:
         raise ValueError("phrases must be a list with at least one phrase")
     for index, phrase in enumerate(phrases):
-        if not isinstance(phrase, dict) or not _is_text(phrase.get("phrase")):
+        if not isinstance(phrase, dict) or not is_text(phrase.get("phrase")):
             raise ValueError(f"phrases[{index}]: the phrase is empty or missing")
         ids = phrase.get("annotation_ids")
-        if not isinstance(ids, list) or not all(map(_is_id, ids)):
+        if not isinstance(ids, list) or not all(map(is_id, ids)):
             raise ValueError(f"phrases[{index}]: annotation_ids must be a list of ids (an empty one for no-target)")
         if len(set(ids)) < len(ids):
             raise ValueError(f"phrases[{index}]: annotation_ids holds an id twice")
 
 
 def _turns(
-    path: Path, lines: list[tuple[int, dict[str, Any]]], objects: dict[Any, _Object], skips: _Skips
+    path: Path, lines: list[tuple[int, dict[str, Any]]], objects: dict[Any, _Object], skips: Skips
 ) -> Iterator[Turn]:
     for number, entry in lines:
         try:
@@ -356,18 +254,3 @@ def _phrase(index: int, phrase: dict[str, Any], objects: dict[Any, _Object]) -> 
     if len(box_only) > 1:
         raise ValueError(f"phrases[{index}]: some of its annotations have masks, some only boxes")
     return PhraseTarget(phrase["phrase"].strip(), tuple(item.rle for item in wanted), True in box_only)
-
-
-# ---- small checks -----------------------------------------------------------------------------------------------
-
-
-def _is_id(value: Any) -> bool:
-    return isinstance(value, int | str) and not isinstance(value, bool)
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str) and bool(value.strip())
-
-
-def _is_finite(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

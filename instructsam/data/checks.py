@@ -1,0 +1,93 @@
+"""What every reader does about bad entries: raise, or leave them out with a count (DESIGN section 16); small checks."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+logger = logging.getLogger(__name__)
+
+OnBad = Literal["raise", "skip"]
+_LOGGED = 20
+"""So many skipped entries are logged one by one; all of them are counted."""
+
+
+@dataclass
+class Skips:
+    """What to do about bad entries: raise, or count and log them up to a limit.
+
+    Args:
+        on_bad: "raise" or "skip".
+        max_bad: with "skip", more bad entries than this are an error; None for any number.
+
+    Raises:
+        ValueError: another ``on_bad``.
+    """
+
+    on_bad: OnBad
+    max_bad: int | None
+    counts: Counter[str] = field(default_factory=Counter)
+
+    def __post_init__(self) -> None:
+        if self.on_bad not in ("raise", "skip"):
+            raise ValueError(f"on_bad must be 'raise' or 'skip', got {self.on_bad!r}")
+
+    def bad(self, what: str, message: str) -> None:
+        """One bad entry of the sort ``what`` ("images", "instructions"). Raises ValueError as configured."""
+        if self.on_bad == "raise":
+            raise ValueError(message)
+        self.counts[what] += 1
+        total = self.counts.total()
+        if total <= _LOGGED:
+            logger.warning("skipped: %s", message)
+        if self.max_bad is not None and total > self.max_bad:
+            raise ValueError(f"{message}; that makes {total} bad entries, more than the {self.max_bad} allowed")
+
+    def summarise(self, source: Path | str, left: str) -> None:
+        """Log how many entries were left out and what is left, if any were."""
+        if self.counts:
+            summary = ", ".join(f"{count} {what}" for what, count in sorted(self.counts.items()))
+            logger.warning("%s: skipped %s; %s are left", source, summary, left)
+
+
+def read_bytes(path: Path) -> bytes:
+    """A file's contents. Raises ValueError, naming the file, where it cannot be read."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+def read_json(path: Path) -> Any:
+    """A JSON file's value. Raises ValueError, naming the file, where it cannot be read or is not valid JSON."""
+    try:
+        return json.loads(read_bytes(path))
+    except (ValueError, RecursionError) as error:
+        if str(error).startswith(str(path)):
+            raise
+        raise ValueError(f"{path}: is not valid JSON ({error})") from error
+
+
+def is_id(value: Any) -> bool:
+    """A number or a string, as ids are."""
+    return isinstance(value, int | str) and not isinstance(value, bool)
+
+
+def is_text(value: Any) -> bool:
+    """A string that holds more than blanks."""
+    return isinstance(value, str) and bool(value.strip())
+
+
+def is_finite(value: Any) -> bool:
+    """A number that is neither NaN nor infinite."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def is_size(value: Any) -> bool:
+    """A positive number of pixels."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1

@@ -1,0 +1,228 @@
+"""What the readers of benchmarks have in common: instructions gathered by image, masks in any published form.
+
+A reader hands every instruction to a `Collector`. That gives each image one sample, keeps ids unique, names bad
+records, and looks for all picture files at the end, so that a missing one is known before a model runs. Pictures are
+opened only where the annotations do not say how large they are.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from instructsam import masks
+from instructsam.data.checks import Skips, is_finite, is_size
+from instructsam.structures import RLE, PhraseTarget, Sample, Turn
+
+_NAMED = 10
+"""So many missing files are named in a message; all of them are counted."""
+_ORIENTATION = 0x0112  # EXIF tag; 5 to 8 are turned by a quarter
+
+
+@dataclass(frozen=True)
+class EvalSplit:
+    """What one split of a benchmark asks.
+
+    Attributes:
+        samples: one an image, in the order of the files; their turns are the instructions. The text of a turn is the
+            data set's own, without any prompt. A phrase with an empty text is one that the data set does not name.
+        ignore_rles: turn id -> pixels that count neither as right nor as wrong.
+        skipped: how many entries of each sort were left out as bad.
+    """
+
+    samples: list[Sample]
+    ignore_rles: dict[str, RLE] = field(default_factory=dict)
+    skipped: dict[str, int] = field(default_factory=dict)
+
+
+class MissingImage(ValueError):
+    """A picture that had to be opened is not there. The collector names all of them together."""
+
+
+class Collector:
+    """Gathers the instructions of one split.
+
+    Args:
+        name, split: ids begin with them, as in ``refcoco/val/12``.
+        source: the file or folder read, for messages.
+        image_root: pictures are named relative to it.
+        skips: what to do about bad records.
+    """
+
+    def __init__(self, name: str, split: str, source: Path, image_root: Path | str, skips: Skips):
+        self.prefix = f"{name}/{split}"
+        self.source = source
+        self.image_root = Path(image_root)
+        self.skips = skips
+        self._samples: dict[str, Sample] = {}
+        self._turns: dict[str, list[Turn]] = {}
+        self._where: dict[str, str] = {}
+        self._ignore: dict[str, RLE] = {}
+        self._missing: Counter[str] = Counter()  # instructions that could not be read for want of their picture
+
+    @contextmanager
+    def entry(self, where: str, what: str = "instructions") -> Iterator[None]:
+        """A ValueError inside is that of a bad record at ``where`` (file and index): raised, or counted as ``what``."""
+        try:
+            yield
+        except MissingImage:
+            pass
+        except ValueError as error:
+            self.skips.bad(what, f"{where}: {error}")
+
+    def add(
+        self,
+        where: str,
+        image: str,
+        size: tuple[int, int],
+        turn: Turn,
+        ignore_rle: RLE | None = None,
+    ) -> None:
+        """One instruction about the picture ``image`` of ``size`` (height, width). ``turn.id`` is its id in the split.
+
+        Raises:
+            ValueError: an empty instruction, an id that was there already, another size than before.
+        """
+        identity = f"{self.prefix}/{turn.id}"
+        if not turn.instruction.strip():
+            raise ValueError(f"the instruction is empty: {turn.instruction!r}")
+        if identity in self._where:
+            raise ValueError(f"id {turn.id!r} is that of {self._where[identity]} too")
+        sample = self._samples.get(image)
+        if sample is not None and (sample.height, sample.width) != size:
+            raise ValueError(
+                f"image {image} is {size[0]}x{size[1]} (height x width) here, {sample.height}x{sample.width} before"
+            )
+        if sample is None:
+            self._samples[image] = Sample(f"{self.prefix}/{image}", self.image_root / image, *size, ())
+        self._where[identity] = where
+        self._turns.setdefault(image, []).append(replace(turn, id=identity, instruction=turn.instruction.strip()))
+        if ignore_rle is not None:
+            self._ignore[identity] = ignore_rle
+
+    def size_of(self, image: str, record: Mapping[str, Any], *segmentations: Any) -> tuple[int, int]:
+        """(height, width) of a picture: as the record says, else as its RLEs do, else as the file's header does.
+
+        Raises:
+            ValueError: height or width that is no number of pixels, a picture that cannot be opened.
+        """
+        given = [record.get(key) for key in ("height", "width")]
+        if given != [None, None]:
+            for key, value in zip(("height", "width"), given, strict=True):
+                if not is_size(value):
+                    raise ValueError(f"{key} must be a positive number of pixels, got {value!r}")
+            return int(record["height"]), int(record["width"])
+        for segmentation in segmentations:
+            if (size := _size_in(segmentation)) is not None:
+                return size
+        path = self.image_root / image
+        if not path.is_file():
+            self._missing[image] += 1
+            raise MissingImage(str(path))
+        try:
+            with Image.open(path) as picture:
+                turned = picture.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
+                return (picture.width, picture.height) if turned else (picture.height, picture.width)
+        except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+            raise ValueError(f"{path}: cannot be opened ({error})") from error
+
+    def finish(self) -> EvalSplit:
+        """The split. Raises ValueError for missing pictures (counted, the first of them named) or no instruction."""
+        images = list({**self._samples, **self._missing})
+        missing = [image for image in images if image in self._missing or not self._samples[image].image.is_file()]
+        if missing and self.skips.on_bad == "raise":
+            names = ", ".join(missing[:_NAMED]) + (", ..." if len(missing) > _NAMED else "")
+            raise ValueError(
+                f"{self.source}: {len(missing)} of {len(images)} pictures are not in {self.image_root}: {names}"
+            )
+        for image in missing:
+            self.skips.bad("images", f"{self.source}: no file {self.image_root / image}")
+            turns = self._turns.pop(image, [])
+            self.skips.counts["instructions"] += len(turns) + self._missing[image]
+            for turn in turns:
+                self._ignore.pop(turn.id, None)
+        samples = [replace(self._samples[image], turns=tuple(asked)) for image, asked in self._turns.items()]
+        self.skips.summarise(self.source, f"{sum(len(sample.turns) for sample in samples)} instructions")
+        if not samples:
+            raise ValueError(f"{self.source}: no usable instruction for {self.prefix}")
+        return EvalSplit(samples, self._ignore, dict(self.skips.counts))
+
+
+def as_phrase(expression: str) -> str:
+    """The phrase that answers an expression: first letter in lower case, no final period (DESIGN section 9)."""
+    text = expression.strip()
+    return (text[:1].lower() + text[1:]).removesuffix(".")
+
+
+def turn_of(identity: Any, text: Any, rles: list[RLE], phrase: str = "", kind: str = "") -> Turn:
+    """An instruction that asks for one phrase. Raises ValueError where the text is no string."""
+    if not isinstance(text, str):
+        raise ValueError(f"the instruction must be a string, got {text!r}")
+    return Turn(text, (PhraseTarget(phrase, tuple(rles)),), kind, str(identity))
+
+
+def name_of(record: Any, key: str) -> str:
+    """A file name in a record. Raises ValueError where the record is no object or has none."""
+    if not isinstance(record, Mapping):
+        raise ValueError(f"expected an object, got {type(record).__name__}")
+    if not isinstance(record.get(key), str) or not record[key]:
+        raise ValueError(f"{key} must be the name of a picture, got {record.get(key)!r}")
+    return record[key]
+
+
+def instance_rles(value: Any, height: int, width: int, what: str = "mask") -> list[RLE]:
+    """Masks of the instances in any of the published forms; nothing (None or an empty list) is no-target.
+
+    So are RLEs that are all without a pixel, which is how the released code itself writes no-target.
+
+    One RLE is one instance, so is a list of polygons (lists of numbers); a list of RLEs or of lists of polygons holds
+    one instance each.
+
+    Raises:
+        ValueError: naming ``what`` and the index: no such form, a malformed mask, another size, a mask without pixels.
+    """
+    if value is None or value == []:
+        return []
+    if isinstance(value, Mapping):
+        rles = [masks.check_rle(value, height, width, what)]
+    elif not isinstance(value, list):
+        raise ValueError(f"{what}: expected an RLE, polygons, or a list of either, got {type(value).__name__}")
+    elif all(is_finite(number) for number in value):
+        rles = [masks.polygons_to_rle([value], height, width, what)]
+    elif all(_is_numbers(polygon) for polygon in value):
+        rles = [masks.polygons_to_rle(value, height, width, what)]
+    else:
+        rles = [masks.segmentation_to_rle(one, height, width, f"{what}[{k}]") for k, one in enumerate(value)]
+    areas = masks.areas(rles, checked=True)
+    in_rle = isinstance(value, Mapping) or all(isinstance(one, Mapping) for one in value)
+    if in_rle and not areas.any():
+        return []
+    for index, area in enumerate(areas):
+        if area == 0:
+            raise ValueError(f"{what}[{index}]: the mask is empty (area 0)")
+    return rles
+
+
+def union_rles(value: Any, height: int, width: int, what: str = "mask") -> list[RLE]:
+    """As `instance_rles`, joined to one mask where there are several."""
+    rles = instance_rles(value, height, width, what)
+    return [masks.union(rles, height, width, checked=True)] if len(rles) > 1 else rles
+
+
+def _is_numbers(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(number, int | float) for number in value)
+
+
+def _size_in(segmentation: Any) -> tuple[int, int] | None:
+    """The size that the first RLE states, if it is one; whether the masks fit is checked later."""
+    for rle in segmentation if isinstance(segmentation, list) else [segmentation]:
+        size = rle.get("size") if isinstance(rle, Mapping) else None
+        if isinstance(size, list) and len(size) == 2 and all(map(is_size, size)):
+            return size[0], size[1]
+    return None
