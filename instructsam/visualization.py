@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import bisect
 import colorsys
+import io
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -179,6 +180,44 @@ def gallery(
     return page
 
 
+def overlay_pair(row: GalleryRow, cell: int = 320) -> tuple[Image.Image, Image.Image]:
+    """Truth and prediction of one instruction as two pictures of ``cell`` pixels on their longest side.
+
+    A predicted instance takes the colour of the true instance that it covers (IoU ≥ 0.5).
+
+    Raises:
+        ValueError: a mask that is not of the image's size.
+    """
+    picture = load_image(row.image)
+    size = (picture.height, picture.width)
+    truth = [_array(mask, size, i) for i, mask in enumerate(row.truth)]
+    prediction = [_array(mask, size, i) for i, mask in enumerate(row.prediction)]
+    truth_labels = row.truth_labels or [_default_label(mask) for mask in row.truth]
+    prediction_labels = row.prediction_labels or [_default_label(mask) for mask in row.prediction]
+    truth_colors, prediction_colors = _matching_colors(truth, prediction)
+    left, right = (
+        overlay(picture, masks, labels, colors=colors, min_side=cell, max_side=cell)
+        for masks, labels, colors in (
+            (truth, truth_labels, truth_colors),
+            (prediction, prediction_labels, prediction_colors),
+        )
+    )
+    return left, right
+
+
+def jpeg_bytes(image: Image.Image, max_bytes: int = 25_000) -> bytes:
+    """A JPEG file of at most ``max_bytes``: first with less quality, then, if that is not enough, smaller."""
+    while max(image.size) > 1:
+        for quality in (85, 70, 50):
+            file = io.BytesIO()
+            image.save(file, format="JPEG", quality=quality, optimize=True)
+            if file.tell() <= max_bytes:
+                return file.getvalue()
+        smaller = (max(1, int(image.width * 0.75)), max(1, int(image.height * 0.75)))
+        image = image.resize(smaller, Image.Resampling.LANCZOS)
+    raise ValueError(f"no JPEG fits into {max_bytes} bytes")
+
+
 def save_png(image: Image.Image, path: str | os.PathLike[str], max_bytes: int = 300_000) -> None:
     """Write a PNG of at most ``max_bytes``: first with fewer colours, then, if that is not enough, smaller."""
     for count in (None, 256, 96):
@@ -327,21 +366,8 @@ def _matching_colors(truth: Sequence[np.ndarray], prediction: Sequence[np.ndarra
 
 
 def _gallery_tile(row: GalleryRow, cell: int, titles: tuple[str, str]) -> Image.Image:
-    picture = load_image(row.image)
-    size = (picture.height, picture.width)
-    truth = [_array(mask, size, i) for i, mask in enumerate(row.truth)]
-    prediction = [_array(mask, size, i) for i, mask in enumerate(row.prediction)]
-    truth_labels = row.truth_labels or [_default_label(mask) for mask in row.truth]
-    prediction_labels = row.prediction_labels or [_default_label(mask) for mask in row.prediction]
-    truth_colors, prediction_colors = _matching_colors(truth, prediction)
-    sides = [
-        overlay(picture, masks, labels, colors=colors, min_side=cell, max_side=cell)
-        for masks, labels, colors in (
-            (truth, truth_labels, truth_colors),
-            (prediction, prediction_labels, prediction_colors),
-        )
-    ]
-    counts = [_count(truth, "no target"), _count(prediction, "nothing found")]
+    sides = overlay_pair(row, cell)
+    counts = [_count(row.truth, "no target"), _count(row.prediction, "nothing found")]
 
     gap, font, small = 8, _font(16), _font(13)
     width = 2 * cell + gap
@@ -362,5 +388,5 @@ def _gallery_tile(row: GalleryRow, cell: int, titles: tuple[str, str]) -> Image.
     return tile
 
 
-def _count(masks: Sequence[np.ndarray], none: str) -> str:
+def _count(masks: Sequence[Mask], none: str) -> str:
     return none if not masks else f"{len(masks)} instance{'s' if len(masks) > 1 else ''}"

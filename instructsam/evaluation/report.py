@@ -1,8 +1,7 @@
 """An evaluation for people: metrics.json, report.md and a plain table for the terminal.
 
-Works on what `evaluation.metrics.evaluate_records` returns. Figures are in 0...1 with three decimals; a cell that has
-nothing to show is "–", also where the number stored is a convention and no measurement (AP without any ground truth,
-cIoU without any pixel).
+Works on what `evaluation.metrics.evaluate_records` returns; how figures are set is in `evaluation.tables`. The page for
+a browser, which needs the records too, is written by `evaluation.html`.
 """
 
 from __future__ import annotations
@@ -14,121 +13,23 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-Figures = Mapping[str, Any]
+from instructsam.evaluation.tables import (
+    BREAKDOWNS,
+    RELIANCE_FIGURES,
+    TERMINAL_COLUMNS,
+    Figures,
+    beside,
+    breakdown,
+    breakdown_columns,
+    difference,
+    label,
+    number,
+    published_of,
+    reliance_rows,
+    value_of,
+)
 
-NOTHING = "–"
-COUNTS = {"instructions": "num_samples", "true instances": "num_gt_instances", "kept instances": "num_kept_instances"}
-FIGURES = {
-    "mAP": "mAP",
-    "AP50": "AP50",
-    "AP75": "AP75",
-    "gIoU": "giou",
-    "cIoU": "ciou",
-    "P@0.5": "P@0.5",
-    "P@0.6": "P@0.6",
-    "P@0.7": "P@0.7",
-    "P@0.8": "P@0.8",
-    "P@0.9": "P@0.9",
-    "no-target accuracy (N-acc)": "n_acc",
-    "target accuracy (T-acc)": "t_acc",
-    "duplicate rate": "duplicate_rate",
-    "count error": "count_error",
-    "exact phrases": "phrase_accuracy",
-}
-# The columns of a breakdown.
-BREAKDOWN = {
-    "mAP": "mAP",
-    "AP50": "AP50",
-    "AP75": "AP75",
-    "gIoU": "giou",
-    "cIoU": "ciou",
-    "N-acc": "n_acc",
-    "T-acc": "t_acc",
-    "dupl.": "duplicate_rate",
-    "count±": "count_error",
-    "phrases": "phrase_accuracy",
-}
-TERMINAL_BREAKDOWN = {name: key for name, key in BREAKDOWN.items() if name != "phrases"}  # leaves room for names
-RELIANCE_FIGURES = ("AP50", "mAP")
 TERMINAL_WIDTH = 100
-
-
-# ---- cells ------------------------------------------------------------------------------------------------------
-
-
-def value_of(figures: Figures | None, key: str) -> float | None:
-    """The figure, or None where it does not exist."""
-    if figures is None or figures.get(key) is None:
-        return None
-    if (key == "mAP" or key.startswith("AP")) and figures.get("num_gt_instances") == 0:
-        return None
-    if key == "ciou" and figures.get("union") == 0:
-        return None
-    return float(figures[key])
-
-
-def _number(value: float | None) -> str:
-    return NOTHING if value is None else f"{value:.3f}"
-
-
-def _change(value: float | None) -> str:
-    return NOTHING if value is None else f"{round(value, 3) + 0.0:+.3f}"  # + 0.0: no "-0.000"
-
-
-def _count(figures: Figures | None, key: str) -> str:
-    return NOTHING if figures is None or figures.get(key) is None else str(figures[key])
-
-
-def _difference(a: float | None, b: float | None) -> float | None:
-    return None if a is None or b is None else a - b
-
-
-# ---- tables, as lists of rows (the first is the header) ---------------------------------------------------------
-
-
-def _beside(metrics: Figures, baseline: Figures | None, published: Mapping[str, Figures]) -> list[list[str]]:
-    """One row a figure: this run, then the baseline and the change, then published runs."""
-    others = list(published.values())
-    rows = [["figure", "this run", *(["untrained", "change"] if baseline else []), *published]]
-    ours, theirs = metrics["overall"], baseline["overall"] if baseline else None
-    for name, key in COUNTS.items():
-        middle = [_count(theirs, key), NOTHING] if baseline else []
-        rows.append([name, _count(ours, key), *middle, *(_count(other, key) for other in others)])
-    for name, key in FIGURES.items():
-        value, other_value = value_of(ours, key), value_of(theirs, key)
-        middle = [_number(other_value), _change(_difference(value, other_value))] if baseline else []
-        rows.append([name, _number(value), *middle, *(_number(value_of(other, key)) for other in others)])
-    return rows
-
-
-def _breakdown(
-    name: str, groups: Mapping[str, Figures], baseline: Mapping[str, Figures] | None, columns: Mapping[str, str]
-) -> list[list[str]]:
-    """One row a group; with a baseline, its AP50 in the last column."""
-    rows = [[name, "n", *columns, *(["AP50 untr."] if baseline is not None else [])]]
-    for group, figures in groups.items():
-        cells = [_number(value_of(figures, key)) for key in columns.values()]
-        if baseline is not None:
-            cells.append(_number(value_of(baseline.get(group), "AP50")))
-        rows.append([group, _count(figures, "num_samples"), *cells])
-    return rows
-
-
-def _reliance(compared: Mapping[str, Any], figure: str) -> list[list[str]]:
-    """One row for all and for every kind; of each replacement: instructions, real, replaced, fall."""
-    rows = [["kind"]]
-    for replacement in compared:
-        rows[0] += [f"{replacement}: n", "real", "replaced", "fall"]
-    kinds = sorted({kind for groups in compared.values() for kind in groups["by_kind"]})
-    for kind in (None, *kinds):
-        row = ["all" if kind is None else kind]
-        for groups in compared.values():
-            group = groups["overall"] if kind is None else groups["by_kind"].get(kind, {})
-            triple = group.get(figure, {})
-            row += [_count(group, "num_samples"), _number(triple.get("real")), _number(triple.get("replaced"))]
-            row.append(_change(triple.get("fall")))
-        rows.append(row)
-    return rows
 
 
 def compare_reliance(reliance: Mapping[str, Any]) -> dict[str, Any]:
@@ -171,7 +72,7 @@ def _compare(real: Figures, replaced: Figures | None) -> dict[str, Any]:
     group: dict[str, Any] = {"num_samples": real.get("num_samples")}
     for figure in RELIANCE_FIGURES:
         before, after = value_of(real, figure), value_of(replaced, figure)
-        group[figure] = {"real": before, "replaced": after, "fall": _difference(before, after)}
+        group[figure] = {"real": before, "replaced": after, "fall": difference(before, after)}
     return group
 
 
@@ -191,11 +92,14 @@ def write_report(
     """Write ``metrics.json`` and ``report.md`` into a folder, which is made if need be.
 
     Args:
-        metrics: what `evaluate_records` returned.
+        metrics: what `evaluate_records` returned; the report also shows ``intervals`` (figure -> (low, high)),
+            ``benchmark`` (name, title, split, threshold, headline, published, conventions, ...) and ``checkpoint``
+            (path, sha256, layout) where they are in it.
         settings: whatever describes the run; stored beside the figures.
         baseline: metrics of the untrained model over the same records.
         reliance: see :func:`compare_reliance`.
-        published: name -> figures (keys as in ``overall``) of published runs, shown beside this one's.
+        published: name -> figures (keys as in ``overall``) of published runs, shown beside this one's and those of
+            the benchmark.
         title: heading of the report.
 
     Returns:
@@ -215,7 +119,9 @@ def write_report(
     if published:
         stored["published"] = dict(published)
     text = json.dumps(stored, indent=2, ensure_ascii=False, allow_nan=False, default=str) + "\n"
-    report = render_markdown(metrics, settings, baseline, compared, published or {}, title)
+    report = render_markdown(
+        metrics, settings, baseline, compared, {**published_of(metrics), **(published or {})}, title
+    )
     paths = folder / "metrics.json", folder / "report.md"
     for path, content in zip(paths, (text, report), strict=True):
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -234,10 +140,14 @@ def render_markdown(
 ) -> str:
     """The report as Markdown; ``compared`` comes from :func:`compare_reliance`, the rest as for `write_report`."""
     parts = [f"# {title}", "Figures are in 0…1; – stands where there is nothing to measure."]
-    parts += ["## Figures", _markdown(_beside(metrics, baseline, published))]
-    for heading, name, key in _BREAKDOWNS:
+    if about := about_run(metrics):
+        parts.append("\n".join(f"- {name}: {_plain(value)}" for name, value in about.items()))
+    parts += ["## Figures", _markdown(beside(metrics, baseline, published))]
+    for heading, name, key in BREAKDOWNS:
         if metrics.get(key):
-            rows = _breakdown(name, metrics[key], baseline.get(key, {}) if baseline else None, BREAKDOWN)
+            rows = breakdown(
+                name, metrics[key], baseline.get(key, {}) if baseline else None, breakdown_columns(metrics)
+            )
             parts += [f"## {heading}", _markdown(rows)]
     if compared:
         parts += [
@@ -246,8 +156,8 @@ def render_markdown(
             "is over the same instructions. A fall near 0 means that the queries carry nothing.",
         ]
         for figure in RELIANCE_FIGURES:
-            parts += [f"### {figure}", _markdown(_reliance(compared, figure))]
-    conventions = [f"- **{name}**: {_plain(rule)}" for name, rule in metrics.get("conventions", {}).items()]
+            parts += [f"### {figure}", _markdown(reliance_rows(compared, figure))]
+    conventions = [f"- **{name}**: {_plain(rule)}" for name, rule in all_conventions(metrics).items()]
     if conventions:
         parts += ["## Conventions", "\n".join(conventions)]
     if settings:
@@ -256,10 +166,28 @@ def render_markdown(
     return "\n\n".join(parts) + "\n"
 
 
-_BREAKDOWNS = (
-    ("By instruction kind", "kind", "by_kind"),
-    ("By number of true instances", "instances", "by_count"),
-)
+def about_run(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """Name → value of what was measured on what: benchmark, split, thresholds, checkpoint and its hash."""
+    benchmark, checkpoint = metrics.get("benchmark") or {}, metrics.get("checkpoint") or {}
+    threshold = benchmark.get("threshold")
+    if threshold is not None and benchmark.get("inclusive"):
+        threshold = f"{threshold}, inclusive"
+    about = {
+        "benchmark": benchmark.get("title") or benchmark.get("name"),
+        "split": benchmark.get("split"),
+        "score threshold": threshold,
+        "smallest area that counts, in pixels": benchmark.get("min_area") or None,
+        "checkpoint": checkpoint.get("path"),
+        "layout": checkpoint.get("layout"),
+        "sha256 of the weights": checkpoint.get("sha256"),
+    }
+    return {name: value for name, value in about.items() if value not in (None, "")}
+
+
+def all_conventions(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """Name → rule: those of the benchmark first, then those of the metrics; where both have one, both stand."""
+    own, general = (metrics.get("benchmark") or {}).get("conventions") or {}, metrics.get("conventions", {})
+    return {**{f"{name} (benchmark)" if name in general else name: rule for name, rule in own.items()}, **general}
 
 
 def _plain(rule: Any) -> str:
@@ -282,13 +210,20 @@ def _markdown(rows: Sequence[Sequence[str]]) -> str:
 def print_table(
     metrics: Mapping[str, Any], baseline: Mapping[str, Any] | None = None, file: TextIO | None = None
 ) -> None:
-    """Print the figures, then the breakdowns by kind and by count, as plain text of at most 100 columns."""
+    """Print the figures, published ones, then the breakdowns, as plain text of at most 100 columns."""
     write: Callable[[str], Any] = (file or sys.stdout).write
-    write(_text(_beside(metrics, baseline, {})))
-    for _, name, key in _BREAKDOWNS:
+    write(_text(beside(metrics, baseline, {})))
+    if published := published_of(metrics):
+        names = list(dict.fromkeys(key for figures in published.values() for key in figures))
+        rows = [["published", *map(label, names)]]
+        for system, figures in published.items():
+            rows.append([system, *(number(value_of(figures, key)) for key in names)])
+        write("\n" + _text(rows))
+    columns = dict(list(breakdown_columns(metrics).items())[:TERMINAL_COLUMNS])
+    for _, name, key in BREAKDOWNS:
         if metrics.get(key):
             groups = baseline.get(key, {}) if baseline else None
-            write("\n" + _text(_breakdown(name, metrics[key], groups, TERMINAL_BREAKDOWN)))
+            write("\n" + _text(breakdown(name, metrics[key], groups, columns)))
 
 
 def _text(rows: Sequence[Sequence[str]]) -> str:

@@ -73,7 +73,7 @@ def test_metrics_json_holds_everything(tmp_path):
 
 def test_trained_beside_untrained(tmp_path):
     text = write_report(tmp_path, TRAINED, baseline=UNTRAINED)[1].read_text()
-    figures, by_kind, by_count = tables(text)
+    figures, by_kind, by_count, by_area = tables(text)
     # Equal scores throughout: trained hit, hit (two of two at IoU 0.5); untrained false positive, false positive, hit.
     assert cells(figures, "AP50") == {"figure": "AP50", "this run": "1.000", "untrained": "0.167", "change": "+0.833"}
     assert cells(figures, "mAP")["this run"] == "0.650"
@@ -89,23 +89,24 @@ def test_trained_beside_untrained(tmp_path):
     assert [row[0] for row in by_kind[1:]] == ["colour", "no-target", "spatial"]
     assert cells(by_kind, "spatial")["AP50 untr."] == "1.000" and cells(by_kind, "spatial")["gIoU"] == "0.600"
     assert [row[0] for row in by_count[1:]] == ["0", "1"]
+    assert [row[:2] for row in by_area[1:]] == [["none", "1"], ["large", "2"]]
 
 
 def test_cells_without_a_measurement_are_dashes(tmp_path):
-    _, by_kind, by_count = tables(write_report(tmp_path, TRAINED, baseline=UNTRAINED)[1].read_text())
-    for row in (cells(by_kind, "no-target"), cells(by_count, "0")):
+    _, by_kind, by_count, by_area = tables(write_report(tmp_path, TRAINED, baseline=UNTRAINED)[1].read_text())
+    for row in (cells(by_kind, "no-target"), cells(by_count, "0"), cells(by_area, "none")):
         assert [row[name] for name in ("mAP", "AP50", "AP75", "cIoU", "T-acc", "AP50 untr.")] == ["–"] * 6
         assert row["gIoU"] == row["N-acc"] == "1.000" and row["dupl."] == "–"
     assert cells(by_kind, "colour")["N-acc"] == "–" and cells(by_kind, "colour")["T-acc"] == "1.000"
     # A prediction there has pixels, so that its cIoU of 0 is measured.
-    (_, by_kind, _) = tables(write_report(tmp_path, UNTRAINED)[1].read_text())
+    by_kind = tables(write_report(tmp_path, UNTRAINED)[1].read_text())[1]
     assert cells(by_kind, "no-target")["cIoU"] == "0.000"
     assert "AP50 untr." not in by_kind[0]
 
 
 def test_a_group_that_the_baseline_lacks(tmp_path):
     baseline = {**UNTRAINED, "by_kind": {}, "by_count": {}}
-    _, by_kind, _ = tables(write_report(tmp_path, TRAINED, baseline=baseline)[1].read_text())
+    by_kind = tables(write_report(tmp_path, TRAINED, baseline=baseline)[1].read_text())[1]
     assert cells(by_kind, "colour")["AP50 untr."] == "–"
 
 
@@ -118,13 +119,67 @@ def test_published_figures_stand_beside_ours(tmp_path):
     assert json.loads(written.read_text())["published"] == published
 
 
+BENCHMARK = {
+    "name": "toy",
+    "title": "Toy benchmark",
+    "split": "val",
+    "threshold": 0.5,
+    "inclusive": True,
+    "min_area": 50,
+    "headline": ["giou", "cgf1", "n_acc"],
+    "conventions": {"prompt": "as it stands", "giou": "of the toy"},
+    "published": [
+        {"system": "Paper", "figure": "giou", "value": 0.625},
+        {"system": "Paper", "figure": "giou", "kind": "spatial", "value": 0.894},
+        {"system": "Rival", "figure": "cgf1", "value": 0.5},
+    ],
+}
+CHECKPOINT = {"path": "some/where", "sha256": "c0ffee", "layout": "released"}
+
+
+def test_benchmark_checkpoint_and_intervals(tmp_path):
+    intervals = {"giou": [0.25, 0.75], "cgf1": None, "mAP": [None, None]}
+    metrics = {**TRAINED, "benchmark": BENCHMARK, "checkpoint": CHECKPOINT, "intervals": intervals}
+    written, report = write_report(tmp_path, metrics, baseline=UNTRAINED, published={"Other": {"giou": 0.1}})
+    stored = json.loads(written.read_text())
+    assert stored["benchmark"] == BENCHMARK and stored["checkpoint"] == CHECKPOINT and stored["intervals"] == intervals
+    text = report.read_text()
+    about = ("benchmark: Toy benchmark", "split: val", "score threshold: 0.5, inclusive", "checkpoint: some/where")
+    for line in (*about, "smallest area that counts, in pixels: 50", "sha256 of the weights: c0ffee"):
+        assert f"- {line}\n" in text
+    figures, by_kind = tables(text)[:2]
+    assert figures[0] == ["figure", "this run", "interval", "untrained", "change", "Paper", "Rival", "Other"]
+    assert [row[0] for row in figures[4:7]] == ["gIoU", "cgF1", "no-target accuracy (N-acc)"]  # the headline first
+    assert cells(figures, "gIoU")["interval"] == "0.250…0.750" and cells(figures, "mAP")["interval"] == "–"
+    assert [cells(figures, "gIoU")[name] for name in ("Paper", "Rival", "Other")] == ["0.625", "–", "0.100"]
+    assert cells(figures, "cgF1")["Rival"] == "0.500"
+    of_kind = cells(figures, "gIoU (spatial)")
+    assert of_kind["this run"] == "0.600" and of_kind["Paper"] == "0.894" and of_kind["change"] == "–"
+    assert len([row for row in figures if row[0] == "gIoU"]) == 1
+    assert by_kind[0][:6] == ["kind", "n", "gIoU", "cgF1", "N-acc", "mAP"]
+    # Both rules of a figure stand, the benchmark's and the general one.
+    assert "- **giou (benchmark)**: of the toy\n" in text and "- **giou**: mean IoU" in text
+
+
+def test_terminal_shows_published_figures_and_the_headline(capsys):
+    print_table({**TRAINED, "benchmark": BENCHMARK, "intervals": {"giou": (0.25, 0.75)}}, UNTRAINED)
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 100
+    assert lines[0].split() == ["figure", "this", "run", "interval", "untrained", "change"]
+    start = next(i for i, line in enumerate(lines) if line.startswith("published"))
+    assert lines[start].split()[-1] == "cgF1" and "gIoU (spatial)" in lines[start]
+    assert lines[start + 2].split() == ["Paper", "0.625", "0.894", "–"]
+    assert lines[start + 3].split() == ["Rival", "–", "–", "0.500"]
+    assert next(line for line in lines if line.startswith("kind")).split()[1:5] == ["n", "gIoU", "cgF1", "N-acc"]
+
+
 def test_query_reliance_by_kind(tmp_path):
     reliance = {
         "slot_mean": {"real": TRAINED, "replaced": UNTRAINED},
         "other_image": {"real": TRAINED, "replaced": TRAINED},
     }
     written, report = write_report(tmp_path, TRAINED, reliance=reliance)
-    ap50, mean = tables(report.read_text())[3:]
+    ap50, mean = tables(report.read_text())[-2:]
     assert ap50[0] == ["kind", "slot_mean: n", "real", "replaced", "fall", "other_image: n", "real", "replaced", "fall"]
     assert ap50[1] == ["all", "3", "1.000", "0.167", "+0.833", "3", "1.000", "1.000", "+0.000"]
     assert ap50[2] == ["colour", "1", "1.000", "0.000", "+1.000", "1", "1.000", "1.000", "+0.000"]
