@@ -1,82 +1,78 @@
-"""Evaluate a checkpoint on held-out instructions.
+"""Evaluate a checkpoint on a benchmark.
 
     python -m instructsam.evaluate checkpoint=outputs/quickstart/checkpoint
-    python -m instructsam.evaluate checkpoint=DIR data.root=DIR data.val_split=val limit=200 query_reliance=false
-    python -m instructsam.evaluate checkpoint=DIR decoding=released device=cuda dtype=bfloat16
+    python -m instructsam.evaluate checkpoint=DIR benchmark=refcoco benchmark.split=[val,testA] device=cuda
+    python -m instructsam.evaluate checkpoint=DIR benchmark=coco_instructions benchmark.root=data/mine limit=200
+    accelerate launch --num_processes 8 -m instructsam.evaluate checkpoint=DIR benchmark=referring device=cuda
+    torchrun --nproc-per-node 3 -m instructsam.evaluate checkpoint=DIR
+    python -m instructsam.evaluate predictions=outputs/eval/predictions.jsonl threshold=0.5
 
-Writes metrics.json, report.md, gallery.png and predictions.jsonl to `output_dir` (default: CHECKPOINT/eval) and prints
-the table. Settings: `configs/eval.yaml`.
+Writes metrics.json, report.md, report.html, gallery.png and predictions.jsonl to `output_dir` (default:
+CHECKPOINT/eval; of several benchmarks or splits each to its own folder NAME_SPLIT in it, with a summary), and prints
+the table. Killed and started again it goes on where it was. `predictions=FILE` works figures and reports out anew,
+without the model.
+Settings: `configs/eval.yaml`, benchmarks: `configs/benchmark/`.
 """
 
 from __future__ import annotations
 
-import json
+import os
 import sys
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any, cast
 
 import hydra
-import torch
 from omegaconf import DictConfig, OmegaConf
 
 from instructsam.configs_path import CONFIGS
 
+NEEDS_MODEL = {"untrained": False, "limit": None, "restart": False}
 
-def evaluate(settings: dict[str, Any]) -> dict[str, Any]:
-    """Run one evaluation as configured; returns the figures as written to metrics.json.
+
+def evaluate(settings: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Run one evaluation as configured.
+
+    Returns:
+        {NAME_SPLIT of every benchmark: its figures as written to metrics.json}
 
     Raises:
-        ValueError: no checkpoint, data that cannot be read, settings out of range.
+        ValueError: settings out of range or at odds with each other, no checkpoint, data that cannot be read.
     """
-    from instructsam.data.coco_instructions import read_coco_instructions
-    from instructsam.evaluation.gallery import write_gallery
-    from instructsam.evaluation.metrics import evaluate_records
-    from instructsam.evaluation.reliance import query_reliance
-    from instructsam.evaluation.report import print_table, write_report
-    from instructsam.evaluation.runner import flatten, predict
-    from instructsam.models.checkpoints import fresh_model
-    from instructsam.predictor import Predictor
+    check(settings)
+    if settings["predictions"]:
+        from instructsam.evaluation.recompute import recompute
 
-    if settings["threads"]:
-        torch.set_num_threads(settings["threads"])
-    checkpoint = settings["checkpoint"]
-    predictor = Predictor.from_pretrained(checkpoint, settings["device"], settings["dtype"], settings["decoding"])
-    dtype = predictor.model.dtype
-    data = settings["data"]
-    items = flatten(read_coco_instructions(data["root"], data["val_split"], data["on_bad"]), settings["limit"])
-    threshold, batch_size = settings["threshold"], settings["batch_size"]
-    options = {"threshold": threshold, "batch_size": batch_size, "max_new_tokens": settings["max_new_tokens"]}
-    records = predict(predictor, items, **options)
-    metrics = evaluate_records(records)
-    reliance = query_reliance(predictor, items, records, threshold, batch_size) if settings["query_reliance"] else None
-    baseline = None
-    if settings["untrained"]:
-        fresh = fresh_model(predictor.model.config, settings["seed"])
-        for parameter in fresh.parameters():  # not `fresh.to(dtype)`: the rotary tables stay in float32
-            parameter.data = parameter.data.to(dtype)
-        untrained = Predictor(fresh.to(predictor.model.device), predictor.processor, predictor.rule)
-        baseline = evaluate_records(predict(untrained, items, **options))
+        return recompute(settings)
+    from instructsam.evaluation.session import evaluate_checkpoint
 
-    # A folder named after a hub name would be taken for the model the next time.
-    default = Path(checkpoint) if Path(checkpoint).is_dir() else Path("outputs") / Path(checkpoint).name
-    folder = Path(settings["output_dir"] or default / "eval")
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "predictions.jsonl").open("w") as file:
-        file.writelines(json.dumps(record) + "\n" for record in records)
-    described = {key: settings[key] for key in ("checkpoint", "data", "threshold", "limit", "max_new_tokens", "seed")}
-    described["attention_variant"] = predictor.model.config.attention_variant
-    described |= {"decoding": predictor.rule.name, "dtype": str(dtype).removeprefix("torch.")}
-    described["cut_off_answers"] = sum(not record["finished"] for record in records)
-    write_report(folder, metrics, settings=described, baseline=baseline, reliance=reliance)
-    write_gallery(records, folder / "gallery.png", settings["gallery_rows"])
-    print_table(metrics, baseline)
-    if described["cut_off_answers"]:
-        print(
-            f"{described['cut_off_answers']} of {len(records)} answers reached max_new_tokens="
-            f"{settings['max_new_tokens']} and may lack phrases"
-        )
-    print(f"written to {folder}: metrics.json, report.md, gallery.png, predictions.jsonl")
-    return metrics
+    return evaluate_checkpoint(settings)
+
+
+def check(settings: Mapping[str, Any]) -> None:
+    """ValueError for settings that cannot work, before anything is read."""
+    if bool(settings["checkpoint"]) == bool(settings["predictions"]):
+        raise ValueError("give checkpoint=DIR, or predictions=FILE to work out its figures anew; not both")
+    if settings["predictions"]:
+        asked = [f"{key}={settings[key]}" for key, off in NEEDS_MODEL.items() if settings[key] != off]
+        asked += ["query_reliance=true"] if settings["query_reliance"] is True else []
+        if asked:
+            raise ValueError(f"{', '.join(asked)}: needs the model, which predictions=FILE goes without")
+    lowest = {"batch_size": 1, "max_new_tokens": 1, "limit": 1, "threads": 0, "workers": 0, "seed": 0}
+    lowest |= {"gallery_rows": 0, "bootstrap": 0, "min_area": 0}
+    for key, least in lowest.items():
+        value = settings[key]
+        if value is None and key in ("limit", "min_area"):
+            continue
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise ValueError(f"{key}={value}: must be a whole number of at least {least}")
+    for key in ("untrained", "restart", "html"):
+        if not isinstance(settings[key], bool):
+            raise ValueError(f"{key}={settings[key]}: must be true or false")
+    if settings["query_reliance"] not in (True, False, "auto"):
+        raise ValueError(f"query_reliance={settings['query_reliance']}: must be true, false or auto")
+    threshold = settings["threshold"]
+    if threshold is not None and (not isinstance(threshold, int | float) or not 0 <= threshold <= 1):
+        raise ValueError(f"threshold={threshold} is not between 0 and 1")
 
 
 @hydra.main(config_path=CONFIGS, config_name="eval", version_base="1.3")
@@ -85,7 +81,8 @@ def main(config: DictConfig) -> None:
     try:
         evaluate(settings)
     except ValueError as error:
-        sys.exit(f"error: {error}")
+        rank = f" (rank {os.environ['RANK']})" if "RANK" in os.environ else ""
+        sys.exit(f"error{rank}: {error}")
 
 
 if __name__ == "__main__":

@@ -20,13 +20,38 @@ from torch import Tensor
 
 from instructsam.models.decoding import decode
 from instructsam.models.decoding_rules import DEFAULT_RULE, DecodingRule, decoding_rule
-from instructsam.models.detector import ImageFeatures
+from instructsam.models.detector import DetectorOutput, ImageFeatures
 from instructsam.models.factory import load_processor
 from instructsam.models.hub import resolve
 from instructsam.models.loading import as_dtype
 from instructsam.models.modeling import BridgeOutput, InstructSAM
 from instructsam.processing.processor import InstructSAMProcessor
 from instructsam.structures import Prediction
+
+
+@dataclass
+class Prepared:
+    """A batch as the model reads it, still in main memory.
+
+    Attributes:
+        batch: what the processor's `collate` gives.
+        phrases: the phrases of each answer, None where they are to be written; sizes: (height, width) of each image.
+    """
+
+    batch: dict[str, Any]
+    phrases: Sequence[Sequence[str] | None]
+    sizes: list[tuple[int, int]]
+
+
+@dataclass
+class Detection:
+    """What the detector made of a batch, before post-processing; `output` is None where no answer has a phrase."""
+
+    output: DetectorOutput | None
+    answers: list[str]
+    phrases: list[list[str]]
+    sizes: list[tuple[int, int]]
+    finished: list[bool]
 
 
 @dataclass
@@ -72,20 +97,34 @@ def as_device(device: str | torch.device) -> torch.device:
 class Predictor:
     """InstructSAM with its processor, ready to segment. Works on CPU and GPU, in the model's own precision.
 
+    It is a `StagedSegmenter` of the evaluation harness: `segment` of one batch is `finish` of `compute` of `prepare`.
+
     Args:
         model, processor: of one checkpoint.
         decoding: ``trained`` or ``released``, for written answers and for given phrases alike.
+        max_new_tokens, max_phrases: limits on the written answer, where a call does not give its own.
 
     Raises:
-        ValueError: unknown decoding.
+        ValueError: unknown decoding, a limit below 1.
     """
 
+    name = "InstructSAM"
+
     def __init__(
-        self, model: InstructSAM, processor: InstructSAMProcessor, decoding: str | DecodingRule = DEFAULT_RULE
+        self,
+        model: InstructSAM,
+        processor: InstructSAMProcessor,
+        decoding: str | DecodingRule = DEFAULT_RULE,
+        max_new_tokens: int = 128,
+        max_phrases: int = 10,
     ):
+        if max_new_tokens < 1 or max_phrases < 1:
+            raise ValueError(f"max_new_tokens={max_new_tokens}, max_phrases={max_phrases}: must be at least 1")
         self.rule = decoding_rule(decoding)
         self.model = model.eval()
         self.processor = processor
+        self.max_new_tokens = max_new_tokens
+        self.max_phrases = max_phrases
 
     @classmethod
     def from_pretrained(
@@ -94,6 +133,7 @@ class Predictor:
         device: str | torch.device = "cpu",
         dtype: str | torch.dtype = "auto",
         decoding: str | DecodingRule = DEFAULT_RULE,
+        max_new_tokens: int = 128,
     ) -> Predictor:
         """Load a checkpoint.
 
@@ -102,7 +142,7 @@ class Predictor:
             device: where to run.
             dtype: precision to run in: ``auto`` (as stored), ``float32``, ``bfloat16`` or ``float16``. Scores, boxes
                 and masks are worked out in float32 whatever it is.
-            decoding: see the class.
+            decoding, max_new_tokens: see the class.
 
         Raises:
             ValueError: no checkpoint, one of another architecture, a device that is not there, an unknown choice.
@@ -110,7 +150,7 @@ class Predictor:
         rule, device, precision = decoding_rule(decoding), as_device(device), as_dtype(dtype)
         folder = resolve(path, "InstructSAM")
         model = InstructSAM.from_pretrained(folder, dtype=precision or "auto").to(device)
-        return cls(model, load_processor(folder, model.config), rule)
+        return cls(model, load_processor(folder, model.config), rule, max_new_tokens)
 
     def segment(
         self,
@@ -118,8 +158,8 @@ class Predictor:
         instructions: str | Sequence[str] | None = None,
         phrases: Sequence[Sequence[str]] | Sequence[str] | None = None,
         threshold: float = 0.3,
-        max_new_tokens: int = 128,
-        max_phrases: int = 10,
+        max_new_tokens: int | None = None,
+        max_phrases: int | None = None,
         batch_size: int = 8,
     ) -> list[Prediction]:
         """Segment every instance that each instruction asks for.
@@ -129,8 +169,8 @@ class Predictor:
             instructions: one per image, or several for one image. May be left out with `phrases`.
             phrases: per image the phrases of the answer; then nothing is generated and all runs in one forward pass.
             threshold: instances with score > threshold are kept.
-            max_new_tokens, max_phrases: limits on the written answer; a `Prediction` whose answer reached the first has
-                ``meta["finished"]`` False, and may lack phrases.
+            max_new_tokens, max_phrases: limits on the written answer; None = the predictor's own. A `Prediction` whose
+                answer reached the first has ``meta["finished"]`` False, and may lack phrases.
             batch_size: images run through the model at once.
 
         Returns:
@@ -139,6 +179,8 @@ class Predictor:
         Raises:
             ValueError: no image, an empty instruction, lists of different lengths (each says which one).
         """
+        max_new_tokens = self.max_new_tokens if max_new_tokens is None else max_new_tokens
+        max_phrases = self.max_phrases if max_phrases is None else max_phrases
         images, instructions, phrase_lists = self._check(images, instructions, phrases, max_phrases)
         if not 0 <= threshold <= 1:
             raise ValueError(f"threshold={threshold} is not between 0 and 1")
@@ -163,14 +205,27 @@ class Predictor:
         max_phrases: int = 10,
     ) -> Understanding:
         """Run everything up to the bridge on one batch; `phrases` all None = write the answers."""
+        return self._understand(self._encode(images, instructions, phrases), max_new_tokens, max_phrases)
+
+    def _encode(
+        self, images: Sequence[Any], instructions: Sequence[str], phrases: Sequence[Sequence[str] | None]
+    ) -> Prepared:
         items = []
         for image, instruction, answer in zip(images, instructions, phrases, strict=True):
             item = self.processor.encode_image(image)
             chat = self.processor.encode_chat(item["image_grid_thw"], [(instruction, answer)])
             items.append({**item, "input_ids": chat.input_ids})
+        batch = self.processor.collate(items)
+        if self.model.device.type == "cuda":  # so that the copy to the GPU need not wait
+            batch = {key: v.pin_memory() if isinstance(v, Tensor) else v for key, v in batch.items()}
+        return Prepared(batch, phrases, [item["size"] for item in items])
+
+    @torch.no_grad()
+    def _understand(self, prepared: Prepared, max_new_tokens: int, max_phrases: int) -> Understanding:
+        phrases = prepared.phrases
         batch = {
-            key: value.to(self.model.device) if isinstance(value, Tensor) else value
-            for key, value in self.processor.collate(items).items()
+            key: value.to(self.model.device, non_blocking=True) if isinstance(value, Tensor) else value
+            for key, value in prepared.batch.items()
         }
         vision = (batch["pixel_values"], batch["image_grid_thw"])
         input_ids, attention_mask = batch["input_ids"], batch["attention_mask"]
@@ -203,7 +258,7 @@ class Predictor:
             bridge=self.model.bridge(input_ids, language),
             answers=[self.processor.chat.answer_text(ids) for ids in answers_ids],
             phrases=found,
-            sizes=[item["size"] for item in items],
+            sizes=prepared.sizes,
             finished=finished,
         )
 
@@ -212,13 +267,51 @@ class Predictor:
         self, understanding: Understanding, threshold: float = 0.3, queries_PNC: Tensor | None = None
     ) -> list[Prediction]:
         """Detector and post-processing; `queries_PNC` stands in for the projected queries (query reliance)."""
+        return self.finish(self._detect(understanding, queries_PNC), threshold)
+
+    def _detect(self, understanding: Understanding, queries_PNC: Tensor | None = None) -> Detection:
         bridge = understanding.bridge
         if queries_PNC is not None:
             bridge = BridgeOutput(queries_PNC, bridge.phrase_features_PTC, bridge.phrase_mask_PT, bridge.phrase_image_P)
         output = self.model.detect(understanding.features, bridge) if len(bridge.phrase_image_P) else None
+        return Detection(
+            output, understanding.answers, understanding.phrases, understanding.sizes, understanding.finished
+        )
+
+    # ---- the three stages, for the harness (`evaluation.segmenter.StagedSegmenter`) --------------------------------
+
+    def describe(self) -> dict[str, Any]:
+        """What the answers depend on besides the weights."""
+        return {
+            "name": self.name,
+            "decoding": self.rule.name,
+            "dtype": str(self.model.dtype).removeprefix("torch."),
+            "attention_variant": self.model.config.attention_variant,
+            "max_new_tokens": self.max_new_tokens,
+            "max_phrases": self.max_phrases,
+        }
+
+    def estimate_length(self, height: int, width: int, instruction: str) -> int:
+        """Image tokens plus words. Raises ValueError for a picture too thin."""
+        return self.processor.vlm_image.num_tokens(height, width) + len(instruction.split())
+
+    def prepare(self, images: Sequence[Any], instructions: Sequence[str]) -> Prepared:
+        """Read and transform one batch; needs no model, may run in any thread."""
+        images, instructions, phrases = self._check(list(images), list(instructions), None, self.max_phrases)
+        return self._encode(images, instructions, phrases)
+
+    @torch.no_grad()
+    def compute(self, prepared: Prepared) -> Detection:
+        """Run the model on one batch."""
+        return self._detect(self._understand(prepared, self.max_new_tokens, self.max_phrases))
+
+    @torch.no_grad()
+    def finish(self, detection: Detection, threshold: float = 0.3) -> list[Prediction]:
+        """Keep score > threshold; masks at image size, run-length encoded."""
+        output = detection.output
         predictions, start = [], 0
         for answer, phrases, (height, width), finished in zip(
-            understanding.answers, understanding.phrases, understanding.sizes, understanding.finished, strict=True
+            detection.answers, detection.phrases, detection.sizes, detection.finished, strict=True
         ):
             stop = start + len(phrases)
             instances = []

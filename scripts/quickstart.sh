@@ -42,6 +42,6 @@ run instructsam.train experiment=tiny_world output_dir="$out/bridge" \
 say "evaluation on held-out scenes"
 rm -rf "$out/checkpoint"
 cp -r "$out/bridge/checkpoint" "$out/checkpoint"
-run instructsam.evaluate checkpoint="$out/checkpoint" output_dir="$out" untrained=true \
+run instructsam.evaluate checkpoint="$out/checkpoint" output_dir="$out" untrained=true restart=true \
   batch_size=32 max_new_tokens=32
 say "done: $out"

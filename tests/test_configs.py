@@ -56,9 +56,9 @@ def test_experiments_can_be_debugged(experiment, debug):
     check(settings_of("train", f"experiment={experiment}", "data.root=somewhere", f"debug={debug}"))
 
 
-@pytest.mark.parametrize("choice", choices("data"))
+@pytest.mark.parametrize("choice", choices("benchmark"))
 def test_evaluation_configuration(choice):
-    settings = settings_of("eval", f"data={choice}", "checkpoint=somewhere")
+    settings = settings_of("eval", f"benchmark={choice}", "checkpoint=somewhere")
     assert settings["checkpoint"] == "somewhere"
 
 

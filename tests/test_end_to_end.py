@@ -91,11 +91,15 @@ def test_the_chain_hands_its_parts_on(chain):
 def test_evaluate_writes_everything(chain, world, capsys):
     folder = chain / "evaluation"
     settings = settings_of(
-        "eval", f"checkpoint={chain / 'tiny_world' / 'checkpoint'}", f"data.root={world}", f"output_dir={folder}"
+        "eval",
+        f"checkpoint={chain / 'tiny_world' / 'checkpoint'}",
+        f"benchmark.root={world}",
+        f"output_dir={folder}",
+        "limit=20",
     )
-    settings |= {"untrained": True, "limit": 20, "max_new_tokens": 4, "threshold": 0.05, "threads": 0}
-    metrics = evaluate(settings)
-    for name in ("metrics.json", "report.md", "gallery.png", "predictions.jsonl"):
+    settings |= {"untrained": True, "max_new_tokens": 4, "threshold": 0.05, "threads": 0}
+    metrics = evaluate(settings)["tiny_world_val"]
+    for name in ("metrics.json", "report.md", "report.html", "gallery.png", "predictions.jsonl", "untrained.jsonl"):
         assert (folder / name).stat().st_size > 0, name
     assert metrics["overall"]["num_samples"] == 20
     records = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]

@@ -174,7 +174,7 @@ def test_evaluate_honours_and_records_the_choices(checkpoint, world, tmp_path, m
         settings = settings_of(
             "eval",
             f"checkpoint={checkpoint}",
-            f"data.root={world}",
+            f"benchmark.root={world}",
             f"output_dir={tmp_path / name}",
             "limit=6",
             "threshold=0.0",

@@ -82,7 +82,7 @@ def test_the_whole_chain(world, sharded_qwen3_vl_dir, sam3_dir, tmp_path):
     assert len(losses(two)) == 3
     run("instructsam.merge", f"{two}/checkpoint", f"{two}/merged")
 
-    options = ["data.val_split=val", data, "limit=6", "query_reliance=false", "max_new_tokens=12"]
+    options = ["benchmark.split=val", f"benchmark.root={world}", "limit=6", "query_reliance=false", "max_new_tokens=12"]
     evaluated = run("instructsam.evaluate", f"checkpoint={two}/merged", *options)
     assert "all" in evaluated
     assert json.loads((two / "merged" / "eval" / "metrics.json").read_text())["settings"]["decoding"] == "trained"

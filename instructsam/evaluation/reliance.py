@@ -21,7 +21,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from instructsam.evaluation.metrics import evaluate_records
-from instructsam.evaluation.runner import EvalItem, Record, batches, make_record
+from instructsam.evaluation.pipeline import batches
+from instructsam.evaluation.runner import EvalItem, Record, make_record
 from instructsam.masks import pairwise_iou, union
 from instructsam.predictor import Predictor, Understanding
 
@@ -47,7 +48,7 @@ def query_reliance(
     """Figures with replaced queries beside those with the real ones.
 
     Args:
-        records: what `runner.predict` gave for `items`; answers without a phrase are left out.
+        records: what `runner.run` gave for `items`; answers without a phrase are left out.
 
     Returns:
         ``{replacement: {"real": figures, "replaced": figures}}``, both over the same instructions; figures as

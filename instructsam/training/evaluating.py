@@ -10,7 +10,7 @@ from typing import Any
 from instructsam.data.coco_instructions import read_coco_instructions
 from instructsam.evaluation.gallery import write_gallery
 from instructsam.evaluation.metrics import evaluate_records
-from instructsam.evaluation.runner import flatten, predict
+from instructsam.evaluation.runner import flatten, run
 from instructsam.predictor import Predictor
 from instructsam.training.build import Task
 from instructsam.training.precision import autocast_if_mixed
@@ -31,9 +31,11 @@ def periodic_evaluation(task: Task, settings: Mapping[str, Any]) -> Callable[[in
 
     def evaluate(step: int) -> dict[str, float]:
         was_training = task.model.training
-        predictor = Predictor(task.model, task.processor)
+        predictor = Predictor(task.model, task.processor, max_new_tokens=64)
         with autocast_if_mixed(task.model):
-            records = predict(predictor, items, options["threshold"], options["batch_size"], progress=False)
+            records = run(
+                predictor, items, threshold=options["threshold"], batch_size=options["batch_size"], progress=False
+            )
         task.model.train(was_training)
         if int(os.environ.get("RANK", 0)) == 0:  # all ranks predict the same
             folder = Path(settings["output_dir"]) / "samples"
