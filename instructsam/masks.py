@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from pycocotools import mask as coco  # type: ignore[import-untyped]
 
+from instructsam.errors import DataError, at
 from instructsam.structures import RLE
 
 MAX_PIXELS = 2**31 - 1  # the C code counts pixels in 32 bits
@@ -104,7 +105,7 @@ def _sizes_and_strings(
             sizes.append(sizes[-1] if sizes and sizes[-1] == size else size)  # fewer objects for the collector to visit
             strings.append(counts if isinstance(counts, bytes) else _compress(_run_lengths(counts, size), size))
         except ValueError as error:
-            raise ValueError(f"{name(index)}: {error}") from None
+            raise at(name(index), error) from None
     return sizes, strings
 
 
@@ -123,15 +124,17 @@ def _check_counts(
     if wrong.any():
         at = int(wrong.argmax())
         index = _segment(starts, at)
-        raise ValueError(
+        raise DataError(
             f"{name(index)}: run {at - starts[index]} has length {counts_flat[at]}, "
-            f"which does not fit {_times(sizes[index])} = {pixels[index]} pixels"
+            f"which does not fit {_times(sizes[index])} = {pixels[index]} pixels",
+            "rle overrun",
         )
     totals = np.add.reduceat(counts_flat, starts[:-1], dtype=np.int64)
     if (totals != pixels).any():
         index = int((totals != pixels).argmax())
-        raise ValueError(
-            f"{name(index)}: counts sum to {totals[index]}, but {_times(sizes[index])} has {pixels[index]} pixels"
+        raise DataError(
+            f"{name(index)}: counts sum to {totals[index]}, but {_times(sizes[index])} has {pixels[index]} pixels",
+            "rle overrun" if totals[index] > pixels[index] else "rle short",
         )
     # The C code takes an empty run after the first for pixels when it looks for a mask's box.
     empty_runs = counts_flat == 0
@@ -147,29 +150,32 @@ def _check_counts(
 def _fields(rle: Any, height: int | None, width: int | None) -> tuple[list[int], Any]:
     """Size and counts of something that should be an RLE; textual counts come as bytes."""
     if type(rle) is not dict and not isinstance(rle, Mapping):  # the first test is the fast one
-        raise ValueError(f"expected a dict with size and counts, got {type(rle).__name__}")
+        raise DataError(f"expected a dict with size and counts, got {type(rle).__name__}", "rle form")
     try:
         size, counts = rle["size"], rle["counts"]
     except KeyError:
         missing = [key for key in ("size", "counts") if key not in rle]
-        raise ValueError(f"has no {' and no '.join(missing)}") from None
+        raise DataError(f"has no {' and no '.join(missing)}", "rle form") from None
     # Tuples of types, since a union is made anew at every call.
     if not isinstance(size, (list, tuple, np.ndarray)) or len(size) != 2 or not all(map(_is_integer, size)):
-        raise ValueError(f"size must be two integers [height, width], got {size!r}")
+        raise DataError(f"size must be two integers [height, width], got {size!r}", "rle form")
     rows, columns = int(size[0]), int(size[1])
     _check_size(rows, columns)
     if height not in (None, rows) or width not in (None, columns):
-        raise ValueError(
-            f"size is {_times((rows, columns))} (height x width), expected {height or 'any'}x{width or 'any'}"
+        raise DataError(
+            f"size is {_times((rows, columns))} (height x width), expected {height or 'any'}x{width or 'any'}",
+            "mask size",
         )
     if isinstance(counts, str):
         if not counts.isascii():
-            raise ValueError("counts holds characters that are not ASCII")
+            raise DataError("counts holds characters that are not ASCII", "rle characters")
         counts = counts.encode("ascii")
     elif not isinstance(counts, (bytes, list, tuple, np.ndarray)):
-        raise ValueError(f"counts must be a compressed string or a list of run lengths, got {type(counts).__name__}")
+        raise DataError(
+            f"counts must be a compressed string or a list of run lengths, got {type(counts).__name__}", "rle form"
+        )
     if len(counts) == 0:
-        raise ValueError("counts is empty")
+        raise DataError("counts is empty", "rle truncated")
     return [rows, columns], counts
 
 
@@ -180,9 +186,12 @@ def _run_lengths(counts: ArrayLike, size: list[int]) -> NDArray[np.int64]:
     except ValueError:
         array = np.empty(0)
     if array.ndim != 1 or array.dtype.kind not in "iu":
-        raise ValueError("counts must be a flat list of integers")
+        raise DataError("counts must be a flat list of integers", "rle form")
     if array.min() < 0 or array.max() > size[0] * size[1]:
-        raise ValueError(f"counts holds a run outside 0...{size[0] * size[1]}: {int(array.min())}...{int(array.max())}")
+        raise DataError(
+            f"counts holds a run outside 0...{size[0] * size[1]}: {int(array.min())}...{int(array.max())}",
+            "rle overrun",
+        )
     return array.astype(np.int64)
 
 
@@ -201,21 +210,22 @@ def _read_counts(strings: Sequence[bytes], name: Callable[[int], str]) -> tuple[
     if chars.max() > 63:
         at = int((chars > 63).argmax())
         index = _segment(char_starts, at)
-        raise ValueError(
+        raise DataError(
             f"{name(index)}: counts holds the character {chr((int(chars[at]) + 48) % 256)!r} at position "
-            f"{at - char_starts[index]}, which the compressed form does not know"
+            f"{at - char_starts[index]}, which the compressed form does not know",
+            "rle characters",
         )
     is_last = chars < 0x20
     if not is_last[char_starts[1:] - 1].all():
         index = int(is_last[char_starts[1:] - 1].argmin())
-        raise ValueError(f"{name(index)}: counts is truncated, its last number is incomplete")
+        raise DataError(f"{name(index)}: counts is truncated, its last number is incomplete", "rle truncated")
     lasts = np.flatnonzero(is_last)
     starts = np.concatenate([[0], np.searchsorted(lasts, char_starts[1:] - 1) + 1])
     extra = np.diff(lasts, prepend=-1) - 1  # digits after the first
     most = int(extra.max())
     if most >= _MAX_DIGITS:
         index = _segment(starts, int(extra.argmax()))
-        raise ValueError(f"{name(index)}: counts holds a number too long for any image")
+        raise DataError(f"{name(index)}: counts holds a number too long for any image", "rle overrun")
     values = ((chars[lasts] & 0x1F) ^ 0x10).astype(np.int64) - 0x10  # the last digit, with its sign
     if most:
         longer = np.flatnonzero(extra)
@@ -275,7 +285,7 @@ def _times(size: Sequence[int]) -> str:
 
 def _check_size(height: int, width: int) -> None:
     if height <= 0 or width <= 0 or height * width > MAX_PIXELS:
-        raise ValueError(f"size {height}x{width} (height x width) is not that of an image")
+        raise DataError(f"size {height}x{width} (height x width) is not that of an image", "rle form")
 
 
 # ---- arrays -----------------------------------------------------------------------------------------------------
@@ -415,7 +425,7 @@ def polygons_to_rle(polygons: Any, height: int, width: int, what: str = "polygon
     """
     _check_size(height, width)
     if not isinstance(polygons, list | tuple | np.ndarray) or len(polygons) == 0:
-        raise ValueError(f"{what}: expected a list with at least one polygon, got {_short(polygons)}")
+        raise DataError(f"{what}: expected a list with at least one polygon, got {_short(polygons)}", "polygon form")
     flat = [_check_polygon(polygon, height, width, f"{what}[{index}]") for index, polygon in enumerate(polygons)]
     merged = coco.merge(coco.frPyObjects(flat, height, width), intersect=False)
     return _rle(merged["size"], merged["counts"])
@@ -425,23 +435,26 @@ def _check_polygon(polygon: Any, height: int, width: int, name: str) -> list[flo
     try:
         points = np.asarray(polygon, dtype=np.float64)
     except (TypeError, ValueError):
-        raise ValueError(f"{name}: expected a list of numbers, got {_short(polygon)}") from None
+        raise DataError(f"{name}: expected a list of numbers, got {_short(polygon)}", "polygon form") from None
     if points.ndim == 1 and points.size % 2 == 0:
         points = points.reshape(-1, 2)
     if points.ndim != 2 or points.shape[1] != 2:
-        raise ValueError(f"{name}: expected [x1, y1, x2, y2, ...] or a list of points, got {_short(polygon)}")
+        raise DataError(
+            f"{name}: expected [x1, y1, x2, y2, ...] or a list of points, got {_short(polygon)}", "polygon form"
+        )
     if len(points) < 3:
-        raise ValueError(f"{name}: has {len(points)} points, a polygon needs at least 3")
+        raise DataError(f"{name}: has {len(points)} points, a polygon needs at least 3", "polygon points")
     if not np.isfinite(points).all():
-        raise ValueError(f"{name}: holds a coordinate that is NaN or infinite")
+        raise DataError(f"{name}: holds a coordinate that is NaN or infinite", "polygon nan")
     low, high = points.min(axis=0), points.max(axis=0)
     extent = np.array([width, height], dtype=np.float64)
     if (high < 0).any() or (low > extent).any():
-        raise ValueError(f"{name}: lies outside the image (width {width}, height {height})")
+        raise DataError(f"{name}: lies outside the image (width {width}, height {height})", "polygon outside")
     if (low < -extent).any() or (high > 2 * extent).any():
-        raise ValueError(
+        raise DataError(
             f"{name}: reaches from {low.tolist()} to {high.tolist()}, far beyond the image (width {width}, "
-            f"height {height})"
+            f"height {height})",
+            "polygon outside",
         )
     return points.ravel().tolist()
 
@@ -461,13 +474,15 @@ def box_to_rle(box: ArrayLike, height: int, width: int, what: str = "box") -> RL
     except (TypeError, ValueError):
         edges = np.empty(0)
     if edges.shape != (4,):
-        raise ValueError(f"{what}: expected four numbers [x1, y1, x2, y2], got {_short(box)}")
+        raise DataError(f"{what}: expected four numbers [x1, y1, x2, y2], got {_short(box)}", "box form")
     if not np.isfinite(edges).all():
-        raise ValueError(f"{what}: holds a coordinate that is NaN or infinite")
+        raise DataError(f"{what}: holds a coordinate that is NaN or infinite", "box nan")
     if edges[2] <= edges[0] or edges[3] <= edges[1]:
-        raise ValueError(f"{what}: has no extent, [x1, y1, x2, y2] = {edges.tolist()}")
+        raise DataError(f"{what}: has no extent, [x1, y1, x2, y2] = {edges.tolist()}", "box extent")
     if edges[0] >= width or edges[1] >= height or edges[2] <= 0 or edges[3] <= 0:
-        raise ValueError(f"{what}: {edges.tolist()} lies outside the image (width {width}, height {height})")
+        raise DataError(
+            f"{what}: {edges.tolist()} lies outside the image (width {width}, height {height})", "box outside"
+        )
     left, right = _covered(edges[0], edges[2], width)
     top, bottom = _covered(edges[1], edges[3], height)
     # Column by column: background above the box, the box's pixels, background down to the next column's.

@@ -32,24 +32,44 @@ class PhraseTarget:
 
 @dataclass(frozen=True)
 class Turn:
-    """One instruction (user turn) and the phrases that its answer consists of."""
+    """One instruction (user turn) and the phrases that its answer consists of.
+
+    Attributes:
+        instruction: what the user says; with a ``form``, the bare words that go into it.
+        form: "" = the instruction stands as it is; "category", "phrase", "sentence" or "ocr" = it is put into a
+            template of that form (`instructsam.data.wording`), newly chosen each time it is asked.
+        answer: the answer's text before, between and after its phrases (one piece more than phrases); empty = the
+            phrases one after another, joined by ", ". One piece and no phrase is an answer in plain words.
+    """
 
     instruction: str
     phrases: tuple[PhraseTarget, ...] = ()
     kind: str = ""
     id: str = ""
+    form: str = ""
+    answer: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        assert not self.answer or len(self.answer) == len(self.phrases) + 1
 
 
 @dataclass(frozen=True)
 class Sample:
-    """An image with one or more turns about it. ``objects`` holds the image's annotations where a reader knows them."""
+    """An image with one or more turns about it.
+
+    Attributes:
+        image: None (with a height and width of 0) for a conversation about no image.
+        objects: the image's annotations, where a reader knows them.
+        joint: the turns may also be asked in one instruction that lists all their phrases.
+    """
 
     id: str
-    image: Path
+    image: Path | None
     height: int
     width: int
     turns: tuple[Turn, ...]
     objects: tuple[dict[str, Any], ...] = ()
+    joint: bool = False
 
 
 @dataclass(frozen=True)

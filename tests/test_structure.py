@@ -20,7 +20,7 @@ REPOSITORY = Path(__file__).parents[1]
 PACKAGE = REPOSITORY / "instructsam"
 MAX_LINES = 600
 
-FLOOR = {"structures", "masks"}
+FLOOR = {"structures", "masks", "errors"}
 # Usable without torch.
 RECORDS = {f"evaluation.{name}" for name in ("metrics", "average_precision", "report", "tables", "records", "measure")}
 RECORDS |= {f"evaluation.{name}" for name in ("measured", "overlaps", "concept_f1", "bootstrap", "sweep", "coco_ap")}
@@ -31,7 +31,8 @@ ENTRY_POINTS = {"train", "evaluate", "segment", "demo", "merge", "export", "comp
 ALLOWED: dict[str, set[str]] = {
     "structures": set(),
     "configs_path": set(),
-    "masks": {"structures"},
+    "errors": set(),
+    "masks": {"structures", "errors"},
     "processing": FLOOR,
     "losses": FLOOR,
     "models": FLOOR | {"processing"},

@@ -6,15 +6,43 @@ import json
 import logging
 import math
 from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
+
+from instructsam.errors import DataError, at, kind_of
 
 logger = logging.getLogger(__name__)
 
 OnBad = Literal["raise", "skip"]
 _LOGGED = 20
 """So many skipped entries are logged one by one; all of them are counted."""
+
+
+class Place(NamedTuple):
+    """Where an entry stands: a file or folder, and its place in it ("12" is a line, else as in "annotations[3]")."""
+
+    file: Path | str
+    index: str = ""
+
+    def __str__(self) -> str:
+        separator = "" if not self.index else ":" if self.index.isdigit() else ": "
+        return f"{self.file}{separator}{self.index}"
+
+    def within(self, index: str) -> Place:
+        """A place inside of this one."""
+        return Place(self.file, f"{self.index} {index}".strip())
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A bad entry, as a report lists it: kind of fault (`instructsam.errors.KINDS`), place and reason."""
+
+    kind: str
+    place: Place
+    reason: str
 
 
 @dataclass
@@ -24,29 +52,42 @@ class Skips:
     Args:
         on_bad: "raise" or "skip".
         max_bad: with "skip", more bad entries than this are an error; None for any number.
+        report: with "skip", is handed every bad entry, which is then not logged.
 
     Raises:
         ValueError: another ``on_bad``.
     """
 
-    on_bad: OnBad
-    max_bad: int | None
+    on_bad: OnBad = "raise"
+    max_bad: int | None = None
+    report: Callable[[Problem], None] | None = None
     counts: Counter[str] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
         if self.on_bad not in ("raise", "skip"):
             raise ValueError(f"on_bad must be 'raise' or 'skip', got {self.on_bad!r}")
 
-    def bad(self, what: str, message: str) -> None:
-        """One bad entry of the sort ``what`` ("images", "instructions"). Raises ValueError as configured."""
+    def bad(self, what: str, place: Place, error: Exception) -> None:
+        """One bad entry of the sort ``what`` ("images", "instructions"). Raises DataError as configured."""
+        message = f"{place}: {error}"
         if self.on_bad == "raise":
-            raise ValueError(message)
+            raise DataError(message, kind_of(error))
         self.counts[what] += 1
         total = self.counts.total()
-        if total <= _LOGGED:
+        if self.report is not None:
+            self.report(Problem(kind_of(error), place, str(error)))
+        elif total <= _LOGGED:
             logger.warning("skipped: %s", message)
         if self.max_bad is not None and total > self.max_bad:
-            raise ValueError(f"{message}; that makes {total} bad entries, more than the {self.max_bad} allowed")
+            raise DataError(f"{message}; that makes {total} bad entries, more than the {self.max_bad} allowed")
+
+    @contextmanager
+    def entry(self, what: str, place: Place) -> Iterator[None]:
+        """A ValueError inside is that of a bad entry of the sort ``what`` at ``place``."""
+        try:
+            yield
+        except ValueError as error:
+            self.bad(what, place, error)
 
     def summarise(self, source: Path | str, left: str) -> None:
         """Log how many entries were left out and what is left, if any were."""
@@ -65,12 +106,19 @@ def read_bytes(path: Path) -> bytes:
 
 def read_json(path: Path) -> Any:
     """A JSON file's value. Raises ValueError, naming the file, where it cannot be read or is not valid JSON."""
+    data = read_bytes(path)
     try:
-        return json.loads(read_bytes(path))
+        return parse_json(data)
+    except DataError as error:
+        raise at(path, error) from error
+
+
+def parse_json(text: str | bytes) -> Any:
+    """The value of a JSON text. Raises DataError where it is none."""
+    try:
+        return json.loads(text)
     except (ValueError, RecursionError) as error:
-        if str(error).startswith(str(path)):
-            raise
-        raise ValueError(f"{path}: is not valid JSON ({error})") from error
+        raise DataError(f"is not valid JSON ({error})", "json") from error
 
 
 def is_id(value: Any) -> bool:

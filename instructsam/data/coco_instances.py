@@ -9,17 +9,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from instructsam.data.checks import Skips, is_id, is_size, read_json
+from instructsam.data.checks import Place, Skips, is_id, is_size, read_json
+from instructsam.errors import DataError
 
 
 def load_instances(path: Path) -> dict[str, Any]:
     """The whole file. Raises ValueError, naming it, where it is not of that form."""
     coco = read_json(path)
     if not isinstance(coco, dict):
-        raise ValueError(f"{path}: expected an object with images and annotations, got {type(coco).__name__}")
+        raise DataError(f"{path}: expected an object with images and annotations, got {type(coco).__name__}", "field")
     for key in ("images", "annotations"):
         if not isinstance(coco.get(key), list):
-            raise ValueError(f"{path}: has no list {key!r}")
+            raise DataError(f"{path}: has no list {key!r}", "field")
     return coco
 
 
@@ -28,35 +29,31 @@ def categories_by_id(path: Path, entries: Any) -> dict[Any, str]:
     try:
         return {entry["id"]: str(entry["name"]) for entry in entries}
     except (KeyError, TypeError) as error:
-        raise ValueError(f"{path}: every entry of categories needs id and name") from error
+        raise DataError(f"{path}: every entry of categories needs id and name", "field") from error
 
 
 def images_by_id(path: Path, entries: list[Any], skips: Skips) -> dict[Any, dict[str, Any]]:
     """The usable images by id."""
     images: dict[Any, dict[str, Any]] = {}
     for index, entry in enumerate(entries):
-        where = f"{path}: images[{index}]"
-        reason = _why_no_image(entry)
-        if reason is None and entry["id"] in images:
-            reason = f"id {entry['id']!r} occurs a second time"
-        if reason is not None:
-            skips.bad("images", f"{where}: {reason}")
-            continue
-        images[entry["id"]] = entry
+        with skips.entry("images", Place(path, f"images[{index}]")):
+            _check_image(entry)
+            if entry["id"] in images:
+                raise DataError(f"id {entry['id']!r} occurs a second time", "duplicate")
+            images[entry["id"]] = entry
     return images
 
 
-def _why_no_image(entry: Any) -> str | None:
+def _check_image(entry: Any) -> None:
     if not isinstance(entry, dict):
-        return f"expected an object, got {type(entry).__name__}"
+        raise DataError(f"expected an object, got {type(entry).__name__}", "field")
     if not is_id(entry.get("id")):
-        return f"id must be a number or a string, got {entry.get('id')!r}"
+        raise DataError(f"id must be a number or a string, got {entry.get('id')!r}", "field")
     if not isinstance(entry.get("file_name"), str) or not entry["file_name"]:
-        return "has no file_name"
+        raise DataError("has no file_name", "field")
     for key in ("height", "width"):
         if not is_size(entry.get(key)):
-            return f"{key} must be a positive number of pixels, got {entry.get(key)!r}"
-    return None
+            raise DataError(f"{key} must be a positive number of pixels, got {entry.get(key)!r}", "field")
 
 
 def annotations_by_image(
@@ -66,14 +63,19 @@ def annotations_by_image(
     by_image: dict[Any, list[tuple[int, dict[str, Any]]]] = {}
     seen: set[Any] = set()
     for index, entry in enumerate(entries):
-        where = f"{path}: annotations[{index}]"
-        if not isinstance(entry, dict) or not is_id(entry.get("id")):
-            skips.bad("annotations", f"{where}: expected an object with an id")
-        elif entry["id"] in seen:
-            skips.bad("annotations", f"{where}: id {entry['id']!r} occurs a second time")
-        elif not is_id(entry.get("image_id")) or entry["image_id"] not in known:
-            skips.bad("annotations", f"{where} (id {entry['id']!r}): unknown image_id {entry.get('image_id')!r}")
-        else:
+        with skips.entry("annotations", Place(path, annotation_name(index, entry))):
+            if not isinstance(entry, dict) or not is_id(entry.get("id")):
+                raise DataError("expected an object with an id", "field")
+            if entry["id"] in seen:
+                raise DataError(f"id {entry['id']!r} occurs a second time", "duplicate")
+            if not is_id(entry.get("image_id")) or entry["image_id"] not in known:
+                raise DataError(f"unknown image_id {entry.get('image_id')!r}", "reference")
             seen.add(entry["id"])
             by_image.setdefault(entry["image_id"], []).append((index, entry))
     return by_image
+
+
+def annotation_name(index: int, entry: Any) -> str:
+    """How messages call an annotation: its place in the list, and its id where it has one."""
+    identity = entry.get("id") if isinstance(entry, dict) else None
+    return f"annotations[{index}]" + (f" (id {identity!r})" if is_id(identity) else "")

@@ -16,15 +16,20 @@ and kind are optional. Pictures are not opened here, only looked for.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from instructsam import masks
-from instructsam.data.checks import OnBad, Skips, is_finite, is_id, is_text, read_bytes
-from instructsam.data.coco_instances import annotations_by_image, categories_by_id, images_by_id, load_instances
+from instructsam.data.checks import Place, Skips, is_finite, is_id, is_text, parse_json, read_bytes
+from instructsam.data.coco_instances import (
+    annotation_name,
+    annotations_by_image,
+    categories_by_id,
+    images_by_id,
+    load_instances,
+)
+from instructsam.errors import DataError
 from instructsam.structures import RLE, PhraseTarget, Sample, Turn
 
 _BLOCK = 256
@@ -41,9 +46,8 @@ class _Object:
 def read_coco_instructions(
     root: Path | str,
     split: str,
-    on_bad: OnBad = "raise",
+    skips: Skips | None = None,
     limit: int | None = None,
-    max_bad: int | None = None,
 ) -> list[Sample]:
     """Read ROOT/SPLIT: one sample an image, in the order of instances.json, with all its instructions as turns.
 
@@ -51,10 +55,9 @@ def read_coco_instructions(
     category, bbox [x, y, w, h] in pixels, area in pixels, attributes, rle.
 
     Args:
-        on_bad: "raise" at the first bad entry; "skip" leaves out bad instructions (and those about bad images or
-            annotations), logs and counts them.
+        skips: what to do about bad entries; raises at the first by default. What depends on a bad image or annotation
+            is left out with it.
         limit: read so many images only; the others are not checked.
-        max_bad: with "skip", more bad entries than this are an error.
 
     Raises:
         ValueError: naming file, index or line and reason: missing files, broken JSON, unknown or repeated ids, empty
@@ -64,7 +67,7 @@ def read_coco_instructions(
     if limit is not None and limit < 1:
         raise ValueError(f"limit={limit}: must be at least 1, or None for all")
     folder = Path(root) / split
-    skips = Skips(on_bad, max_bad)
+    skips = skips or Skips()
     instances_file, instructions_file = folder / "instances.json", folder / "instructions.jsonl"
     coco = load_instances(instances_file)
     categories = categories_by_id(instances_file, coco.get("categories", []))
@@ -84,7 +87,8 @@ def read_coco_instructions(
             checked = _check_together(block, annotations)
         path = folder / "images" / image["file_name"]
         if not path.is_file():
-            skips.bad("images", f"{instances_file}: image {image_id!r}: no file {path}")
+            missing = DataError(f"no file {path}", "image missing")
+            skips.bad("images", Place(instances_file, f"image {image_id!r}"), missing)
             skips.counts["instructions"] += len(lines[image_id])
             continue
         objects = _objects(instances_file, image, annotations.get(image_id, []), categories, checked, skips)
@@ -115,10 +119,8 @@ def _objects(
     for index, entry in entries:
         if entry.get("iscrowd"):
             continue
-        try:
+        with skips.entry("annotations", Place(path, annotation_name(index, entry))):
             objects[entry["id"]] = _object(entry, height, width, categories, checked.get(entry["id"]))
-        except ValueError as error:
-            skips.bad("annotations", f"{path}: annotations[{index}] (id {entry['id']!r}): {error}")
     return objects
 
 
@@ -146,15 +148,15 @@ def _object(entry: dict[str, Any], height: int, width: int, categories: dict[Any
     box = entry.get("bbox")
     if box is not None:
         if not isinstance(box, list) or len(box) != 4 or not all(is_finite(value) for value in box):
-            raise ValueError(f"bbox must be four numbers [x, y, w, h], got {box!r}")
+            raise DataError(f"bbox must be four numbers [x, y, w, h], got {box!r}", "box form")
         if box[2] <= 0 or box[3] <= 0:
-            raise ValueError(f"bbox {box} has no extent")
+            raise DataError(f"bbox {box} has no extent", "box extent")
     category = entry.get("category_id")
     if category is not None and (not is_id(category) or category not in categories):
-        raise ValueError(f"unknown category_id {category!r}")
+        raise DataError(f"unknown category_id {category!r}", "reference")
     attributes = entry.get("attributes", {})
     if not isinstance(attributes, dict):
-        raise ValueError(f"attributes must be an object, got {type(attributes).__name__}")
+        raise DataError(f"attributes must be an object, got {type(attributes).__name__}", "field")
     segmentation = entry.get("segmentation")
     box_only = segmentation is None or segmentation == []
     if checked is not None:
@@ -164,10 +166,10 @@ def _object(entry: dict[str, Any], height: int, width: int, categories: dict[Any
     elif box is not None:
         rle = masks.box_to_rle([box[0], box[1], box[0] + box[2], box[1] + box[3]], height, width, "bbox")
     else:
-        raise ValueError("has neither segmentation nor bbox")
+        raise DataError("has neither segmentation nor bbox", "field")
     area = int(masks.areas([rle], checked=True)[0])
     if area == 0:
-        raise ValueError("the mask is empty (area 0)")
+        raise DataError("the mask is empty (area 0)", "mask empty")
     if box is None:
         x1, y1, x2, y2 = masks.bboxes([rle], checked=True)[0].tolist()
         box = [x1, y1, x2 - x1, y2 - y1]
@@ -195,62 +197,63 @@ def _instructions_by_image(
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
-        try:
-            entry = json.loads(line)
+        with skips.entry("instructions", Place(path, str(number))):
+            entry = parse_json(line)
             _check_instruction(entry)
             if entry["image_id"] not in images:
-                raise ValueError(f"unknown image_id {entry['image_id']!r}")
+                raise DataError(f"unknown image_id {entry['image_id']!r}", "reference")
             if (first := seen.setdefault(str(entry["id"]), number)) != number:
-                raise ValueError(f"id {entry['id']!r} is that of line {first} too")
-        except ValueError as error:
-            skips.bad("instructions", f"{path}:{number}: {error}")
-            continue
-        by_image.setdefault(entry["image_id"], []).append((number, entry))
+                raise DataError(f"id {entry['id']!r} is that of line {first} too", "duplicate")
+            by_image.setdefault(entry["image_id"], []).append((number, entry))
     return by_image
 
 
 def _check_instruction(entry: Any) -> None:
     if not isinstance(entry, dict):
-        raise ValueError(f"expected an object, got {type(entry).__name__}")
+        raise DataError(f"expected an object, got {type(entry).__name__}", "field")
     for key in ("id", "image_id"):
         if not is_id(entry.get(key)):
-            raise ValueError(f"{key} must be a number or a string, got {entry.get(key)!r}")
+            raise DataError(f"{key} must be a number or a string, got {entry.get(key)!r}", "field")
     if not is_text(entry.get("instruction")):
-        raise ValueError(f"the instruction is empty: {entry.get('instruction')!r}")
+        raise DataError(f"the instruction is empty: {entry.get('instruction')!r}", "text")
     if not isinstance(entry.get("kind", ""), str):
-        raise ValueError(f"kind must be a string, got {entry['kind']!r}")
+        raise DataError(f"kind must be a string, got {entry['kind']!r}", "field")
     phrases = entry.get("phrases")
     if not isinstance(phrases, list) or not phrases:
-        raise ValueError("phrases must be a list with at least one phrase")
+        raise DataError("phrases must be a list with at least one phrase", "field")
     for index, phrase in enumerate(phrases):
         if not isinstance(phrase, dict) or not is_text(phrase.get("phrase")):
-            raise ValueError(f"phrases[{index}]: the phrase is empty or missing")
+            raise DataError(f"phrases[{index}]: the phrase is empty or missing", "text")
         ids = phrase.get("annotation_ids")
         if not isinstance(ids, list) or not all(map(is_id, ids)):
-            raise ValueError(f"phrases[{index}]: annotation_ids must be a list of ids (an empty one for no-target)")
+            raise DataError(
+                f"phrases[{index}]: annotation_ids must be a list of ids (an empty one for no-target)", "field"
+            )
         if len(set(ids)) < len(ids):
-            raise ValueError(f"phrases[{index}]: annotation_ids holds an id twice")
+            raise DataError(f"phrases[{index}]: annotation_ids holds an id twice", "duplicate")
 
 
 def _turns(
     path: Path, lines: list[tuple[int, dict[str, Any]]], objects: dict[Any, _Object], skips: Skips
-) -> Iterator[Turn]:
+) -> list[Turn]:
+    turns: list[Turn] = []
     for number, entry in lines:
-        try:
+        with skips.entry("instructions", Place(path, str(number))):
             phrases = tuple(_phrase(i, phrase, objects) for i, phrase in enumerate(entry["phrases"]))
-        except ValueError as error:
-            skips.bad("instructions", f"{path}:{number}: {error}")
-            continue
-        yield Turn(entry["instruction"].strip(), phrases, entry.get("kind", ""), str(entry["id"]))
+            turn = Turn(entry["instruction"].strip(), phrases, entry.get("kind", ""), str(entry["id"]))
+            turns.append(turn)
+    return turns
 
 
 def _phrase(index: int, phrase: dict[str, Any], objects: dict[Any, _Object]) -> PhraseTarget:
     wanted = []
     for annotation_id in phrase["annotation_ids"]:
         if annotation_id not in objects:
-            raise ValueError(f"phrases[{index}]: annotation_id {annotation_id!r} is no usable annotation of this image")
+            raise DataError(
+                f"phrases[{index}]: annotation_id {annotation_id!r} is no usable annotation of this image", "reference"
+            )
         wanted.append(objects[annotation_id])
     box_only = {item.box_only for item in wanted}
     if len(box_only) > 1:
-        raise ValueError(f"phrases[{index}]: some of its annotations have masks, some only boxes")
+        raise DataError(f"phrases[{index}]: some of its annotations have masks, some only boxes", "annotation type")
     return PhraseTarget(phrase["phrase"].strip(), tuple(item.rle for item in wanted), True in box_only)

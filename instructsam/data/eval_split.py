@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,8 @@ from typing import Any
 from PIL import Image
 
 from instructsam import masks
-from instructsam.data.checks import Skips, is_finite, is_size
+from instructsam.data.checks import Place, Skips, is_finite, is_size
+from instructsam.errors import DataError
 from instructsam.structures import RLE, PhraseTarget, Sample, Turn
 
 _NAMED = 10
@@ -41,8 +42,12 @@ class EvalSplit:
     skipped: dict[str, int] = field(default_factory=dict)
 
 
-class MissingImage(ValueError):
+class MissingImage(DataError):
     """A picture that had to be opened is not there. The collector names all of them together."""
+
+
+def _no_file(path: Path) -> MissingImage:
+    return MissingImage(f"no file {path}", "image missing")
 
 
 class Collector:
@@ -62,23 +67,19 @@ class Collector:
         self.skips = skips
         self._samples: dict[str, Sample] = {}
         self._turns: dict[str, list[Turn]] = {}
-        self._where: dict[str, str] = {}
+        self._where: dict[str, Place] = {}
         self._ignore: dict[str, RLE] = {}
         self._missing: Counter[str] = Counter()  # instructions that could not be read for want of their picture
 
     @contextmanager
-    def entry(self, where: str, what: str = "instructions") -> Iterator[None]:
-        """A ValueError inside is that of a bad record at ``where`` (file and index): raised, or counted as ``what``."""
-        try:
+    def entry(self, where: Place, what: str = "instructions") -> Iterator[None]:
+        """As `Skips.entry`; pictures that are not there are left to `finish`."""
+        with self.skips.entry(what, where), suppress(MissingImage):
             yield
-        except MissingImage:
-            pass
-        except ValueError as error:
-            self.skips.bad(what, f"{where}: {error}")
 
     def add(
         self,
-        where: str,
+        where: Place,
         image: str,
         size: tuple[int, int],
         turn: Turn,
@@ -91,13 +92,14 @@ class Collector:
         """
         identity = f"{self.prefix}/{turn.id}"
         if not turn.instruction.strip():
-            raise ValueError(f"the instruction is empty: {turn.instruction!r}")
+            raise DataError(f"the instruction is empty: {turn.instruction!r}", "text")
         if identity in self._where:
-            raise ValueError(f"id {turn.id!r} is that of {self._where[identity]} too")
+            raise DataError(f"id {turn.id!r} is that of {self._where[identity]} too", "duplicate")
         sample = self._samples.get(image)
         if sample is not None and (sample.height, sample.width) != size:
-            raise ValueError(
-                f"image {image} is {size[0]}x{size[1]} (height x width) here, {sample.height}x{sample.width} before"
+            raise DataError(
+                f"image {image} is {size[0]}x{size[1]} (height x width) here, {sample.height}x{sample.width} before",
+                "image size",
             )
         if sample is None:
             self._samples[image] = Sample(f"{self.prefix}/{image}", self.image_root / image, *size, ())
@@ -116,7 +118,7 @@ class Collector:
         if given != [None, None]:
             for key, value in zip(("height", "width"), given, strict=True):
                 if not is_size(value):
-                    raise ValueError(f"{key} must be a positive number of pixels, got {value!r}")
+                    raise DataError(f"{key} must be a positive number of pixels, got {value!r}", "field")
             return int(record["height"]), int(record["width"])
         for segmentation in segmentations:
             if (size := _size_in(segmentation)) is not None:
@@ -124,13 +126,13 @@ class Collector:
         path = self.image_root / image
         if not path.is_file():
             self._missing[image] += 1
-            raise MissingImage(str(path))
+            raise _no_file(path)
         try:
             with Image.open(path) as picture:
                 turned = picture.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
                 return (picture.width, picture.height) if turned else (picture.height, picture.width)
         except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-            raise ValueError(f"{path}: cannot be opened ({error})") from error
+            raise DataError(f"{path}: cannot be opened ({error})", "image broken") from error
 
     def finish(self) -> EvalSplit:
         """The split. Raises ValueError for missing pictures (counted, the first of them named) or no instruction."""
@@ -138,11 +140,12 @@ class Collector:
         missing = [image for image in images if image in self._missing or not self._samples[image].image.is_file()]
         if missing and self.skips.on_bad == "raise":
             names = ", ".join(missing[:_NAMED]) + (", ..." if len(missing) > _NAMED else "")
-            raise ValueError(
-                f"{self.source}: {len(missing)} of {len(images)} pictures are not in {self.image_root}: {names}"
+            raise DataError(
+                f"{self.source}: {len(missing)} of {len(images)} pictures are not in {self.image_root}: {names}",
+                "image missing",
             )
         for image in missing:
-            self.skips.bad("images", f"{self.source}: no file {self.image_root / image}")
+            self.skips.bad("images", Place(self.source, image), _no_file(self.image_root / image))
             turns = self._turns.pop(image, [])
             self.skips.counts["instructions"] += len(turns) + self._missing[image]
             for turn in turns:
@@ -163,26 +166,27 @@ def as_phrase(expression: str) -> str:
 def turn_of(identity: Any, text: Any, rles: list[RLE], phrase: str = "", kind: str = "") -> Turn:
     """An instruction that asks for one phrase. Raises ValueError where the text is no string."""
     if not isinstance(text, str):
-        raise ValueError(f"the instruction must be a string, got {text!r}")
+        raise DataError(f"the instruction must be a string, got {text!r}", "field")
     return Turn(text, (PhraseTarget(phrase, tuple(rles)),), kind, str(identity))
 
 
 def name_of(record: Any, key: str) -> str:
     """A file name in a record. Raises ValueError where the record is no object or has none."""
     if not isinstance(record, Mapping):
-        raise ValueError(f"expected an object, got {type(record).__name__}")
+        raise DataError(f"expected an object, got {type(record).__name__}", "field")
     if not isinstance(record.get(key), str) or not record[key]:
-        raise ValueError(f"{key} must be the name of a picture, got {record.get(key)!r}")
+        raise DataError(f"{key} must be the name of a picture, got {record.get(key)!r}", "field")
     return record[key]
 
 
-def instance_rles(value: Any, height: int, width: int, what: str = "mask") -> list[RLE]:
+def instance_rles(value: Any, height: int, width: int, what: str = "mask", empty_is_none: bool = False) -> list[RLE]:
     """Masks of the instances in any of the published forms; nothing (None or an empty list) is no-target.
-
-    So are RLEs that are all without a pixel, which is how the released code itself writes no-target.
 
     One RLE is one instance, so is a list of polygons (lists of numbers); a list of RLEs or of lists of polygons holds
     one instance each.
+
+    Args:
+        empty_is_none: RLEs that are all without a pixel are no-target too, which is how some formats write it.
 
     Raises:
         ValueError: naming ``what`` and the index: no such form, a malformed mask, another size, a mask without pixels.
@@ -192,7 +196,9 @@ def instance_rles(value: Any, height: int, width: int, what: str = "mask") -> li
     if isinstance(value, Mapping):
         rles = [masks.check_rle(value, height, width, what)]
     elif not isinstance(value, list):
-        raise ValueError(f"{what}: expected an RLE, polygons, or a list of either, got {type(value).__name__}")
+        raise DataError(
+            f"{what}: expected an RLE, polygons, or a list of either, got {type(value).__name__}", "rle form"
+        )
     elif all(is_finite(number) for number in value):
         rles = [masks.polygons_to_rle([value], height, width, what)]
     elif all(_is_numbers(polygon) for polygon in value):
@@ -201,17 +207,17 @@ def instance_rles(value: Any, height: int, width: int, what: str = "mask") -> li
         rles = [masks.segmentation_to_rle(one, height, width, f"{what}[{k}]") for k, one in enumerate(value)]
     areas = masks.areas(rles, checked=True)
     in_rle = isinstance(value, Mapping) or all(isinstance(one, Mapping) for one in value)
-    if in_rle and not areas.any():
+    if empty_is_none and in_rle and not areas.any():
         return []
     for index, area in enumerate(areas):
         if area == 0:
-            raise ValueError(f"{what}[{index}]: the mask is empty (area 0)")
+            raise DataError(f"{what}[{index}]: the mask is empty (area 0)", "mask empty")
     return rles
 
 
-def union_rles(value: Any, height: int, width: int, what: str = "mask") -> list[RLE]:
+def union_rles(value: Any, height: int, width: int, what: str = "mask", empty_is_none: bool = False) -> list[RLE]:
     """As `instance_rles`, joined to one mask where there are several."""
-    rles = instance_rles(value, height, width, what)
+    rles = instance_rles(value, height, width, what, empty_is_none)
     return [masks.union(rles, height, width, checked=True)] if len(rles) > 1 else rles
 
 

@@ -19,8 +19,9 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from instructsam import masks
-from instructsam.data.checks import OnBad, Skips, read_bytes
+from instructsam.data.checks import Place, Skips, read_bytes
 from instructsam.data.eval_split import Collector, EvalSplit, turn_of
+from instructsam.errors import DataError
 
 TARGET, IGNORE = 1, 255
 _VALUES = {"target": TARGET, "ignore": IGNORE}
@@ -31,15 +32,14 @@ def read_reasonseg(
     split: str,
     name: str = "reasonseg",
     questions: str = "first",
-    on_bad: OnBad = "raise",
-    max_bad: int | None = None,
+    skips: Skips | None = None,
 ) -> EvalSplit:
     """Read ROOT/SPLIT; ids are NAME/SPLIT/STEM of the file. Instructions are of kind "short" or "long" (is_sentence).
 
     Args:
         questions: "first" asks the first text of each picture, as the published evaluation does; "all" asks every one
             (ids end in -0, -1, ...).
-        on_bad, max_bad: see `instructsam.data.checks.Skips`.
+        skips: what to do about bad records; raises at the first by default.
 
     Raises:
         ValueError: naming file and reason: no files, broken JSON, unknown labels, shapes that are none or lie outside
@@ -51,24 +51,24 @@ def read_reasonseg(
     files = sorted(folder.glob("*.json"))
     if not files:
         raise ValueError(f"{folder}: holds no JSON files")
-    collector = Collector(name, split, folder, folder, Skips(on_bad, max_bad))
+    collector = Collector(name, split, folder, folder, skips or Skips())
     for path in files:
-        with collector.entry(str(path)):
+        with collector.entry(Place(path)):
             entry = _load(path)
             texts = entry["text"] if questions == "all" else entry["text"][:1]
             image = path.with_suffix(".jpg").name
             height, width = collector.size_of(image, {})
             labels_HW = draw_shapes(entry["shapes"], height, width)
             if not (labels_HW == TARGET).any():
-                raise ValueError("no pixel of a target is left after drawing its shapes")
+                raise DataError("no pixel of a target is left after drawing its shapes", "mask empty")
             target, ignored = masks.encode_batch(np.stack([labels_HW == TARGET, labels_HW == IGNORE]))
             kind = "long" if entry["is_sentence"] else "short"
             for number, text in enumerate(texts):
                 identity = path.stem if questions == "first" else f"{path.stem}-{number}"
-                with collector.entry(f"{path}: text[{number}]"):
+                with collector.entry(Place(path, f"text[{number}]")):
                     turn = turn_of(identity, text, [target], kind=kind)
                     ignore_rle = ignored if (labels_HW == IGNORE).any() else None
-                    collector.add(str(path), image, (height, width), turn, ignore_rle)
+                    collector.add(Place(path), image, (height, width), turn, ignore_rle)
     return collector.finish()
 
 
@@ -79,14 +79,16 @@ def draw_shapes(shapes: Any, height: int, width: int) -> NDArray[np.uint8]:
         ValueError: ``shapes[index]: reason`` for an unknown label, or points that are no polygon in the picture.
     """
     if not isinstance(shapes, list):
-        raise ValueError("has no list 'shapes'")
+        raise DataError("has no list 'shapes'", "field")
     drawn: list[tuple[int, int, list[tuple[int, int]]]] = []
     for index, shape in enumerate(shapes):
         label = str(shape.get("label")).lower() if isinstance(shape, dict) else None
         if label == "flag":
             continue
         if label not in _VALUES:
-            raise ValueError(f"shapes[{index}]: the label must be target, ignore or flag, got {label!r}")
+            raise DataError(
+                f"shapes[{index}]: the label must be target, ignore or flag, got {label!r}", "annotation type"
+            )
         what = f"shapes[{index}].points"
         masks.polygons_to_rle([shape.get("points")], height, width, what)  # only to refuse what is no polygon here
         # Whole numbers, cut and not rounded, as the published evaluation has them.
@@ -108,15 +110,15 @@ def _load(path: Path) -> dict[str, Any]:
         try:
             text = data.decode("cp1252")  # some of the published files are in it
         except UnicodeDecodeError as error:
-            raise ValueError(f"is neither utf-8 nor cp1252 ({error})") from error
+            raise DataError(f"is neither utf-8 nor cp1252 ({error})", "json") from error
     try:
         entry = json.loads(text)
     except ValueError as error:
-        raise ValueError(f"is not valid JSON ({error})") from error
+        raise DataError(f"is not valid JSON ({error})", "json") from error
     if not isinstance(entry, dict):
-        raise ValueError(f"expected an object, got {type(entry).__name__}")
+        raise DataError(f"expected an object, got {type(entry).__name__}", "field")
     if not isinstance(entry.get("text"), list) or not entry["text"]:
-        raise ValueError("has no list 'text' with a question")
+        raise DataError("has no list 'text' with a question", "field")
     if not isinstance(entry.get("is_sentence"), bool):
-        raise ValueError(f"is_sentence must be true or false, got {entry.get('is_sentence')!r}")
+        raise DataError(f"is_sentence must be true or false, got {entry.get('is_sentence')!r}", "field")
     return entry

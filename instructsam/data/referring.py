@@ -17,10 +17,11 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from instructsam.data.checks import OnBad, Skips, is_id, read_json
+from instructsam.data.checks import Place, Skips, is_id, read_json
 from instructsam.data.coco_instances import images_by_id, load_instances
 from instructsam.data.containers import read_pickle
 from instructsam.data.eval_split import Collector, EvalSplit, as_phrase, instance_rles, turn_of
+from instructsam.errors import DataError
 from instructsam.structures import RLE
 
 
@@ -31,8 +32,7 @@ def read_referring(
     folder: str,
     refs: str,
     image_root: Path | str,
-    on_bad: OnBad = "raise",
-    max_bad: int | None = None,
+    skips: Skips | None = None,
 ) -> EvalSplit:
     """Read one split; ids are NAME/SPLIT/SENT_ID.
 
@@ -40,7 +40,7 @@ def read_referring(
         folder: of the set, below ``root``.
         refs: file of the refs in that folder: a pickle (``.p``) or JSON.
         image_root: folder of COCO's train2014 pictures.
-        on_bad, max_bad: see `instructsam.data.checks.Skips`.
+        skips: what to do about bad records; raises at the first by default.
 
     Raises:
         ValueError: naming file, index and reason: a file that cannot be read, a split that is not there, refs to
@@ -49,7 +49,7 @@ def read_referring(
     """
     base = Path(root) / folder
     refs_file, instances_file = base / refs, base / "instances.json"
-    skips = Skips(on_bad, max_bad)
+    skips = skips or Skips()
     entries = _refs_of(refs_file, split)
     coco = load_instances(instances_file)
     images = images_by_id(instances_file, coco["images"], skips)
@@ -57,25 +57,25 @@ def read_referring(
     annotations = _Annotations(instances_file, coco["annotations"], wanted)
     collector = Collector(name, split, refs_file, image_root, skips)
     for index, ref in entries:
-        where = f"{refs_file}: [{index}] (ref_id {ref.get('ref_id')!r})"
+        where = Place(refs_file, f"[{index}] (ref_id {ref.get('ref_id')!r})")
         rles: list[RLE] | None = None
         sentences = ref.get("sentences")
         image: dict[str, Any] = {}
         with collector.entry(where, "refs"):
             if not isinstance(sentences, list) or not sentences:
-                raise ValueError("has no list of sentences")
+                raise DataError("has no list of sentences", "field")
             if not is_id(ref.get("image_id")) or ref["image_id"] not in images:
-                raise ValueError(f"unknown image_id {ref.get('image_id')!r}")
+                raise DataError(f"unknown image_id {ref.get('image_id')!r}", "reference")
             image = images[ref["image_id"]]
             rles = _targets(ref, image, annotations)
         if rles is None:
             skips.counts["instructions"] += len(sentences) if isinstance(sentences, list) else 0
             continue
         for number, sentence in enumerate(sentences or ()):
-            place = f"{where} sentences[{number}]"
+            place = where.within(f"sentences[{number}]")
             with collector.entry(place):
                 if not isinstance(sentence, dict) or not is_id(sentence.get("sent_id")):
-                    raise ValueError("expected an object with sent and sent_id")
+                    raise DataError("expected an object with sent and sent_id", "field")
                 text = sentence.get("sent")
                 turn = turn_of(sentence["sent_id"], text, rles, as_phrase(text) if isinstance(text, str) else "")
                 collector.add(place, image["file_name"], (image["height"], image["width"]), turn)
@@ -86,11 +86,11 @@ def _refs_of(path: Path, split: str) -> list[tuple[int, dict[str, Any]]]:
     """The refs of one split with their places in the file."""
     refs = read_pickle(path) if path.suffix in (".p", ".pkl") else read_json(path)
     if not isinstance(refs, list):
-        raise ValueError(f"{path}: expected a list of refs, got {type(refs).__name__}")
+        raise DataError(f"{path}: expected a list of refs, got {type(refs).__name__}", "field")
     for index, ref in enumerate(refs):
         # Whose split a broken ref belongs to cannot be known, so none is skipped here.
         if not isinstance(ref, dict) or not isinstance(ref.get("split"), str):
-            raise ValueError(f"{path}: [{index}]: expected an object with a split, got {str(ref)[:60]}")
+            raise DataError(f"{path}: [{index}]: expected an object with a split, got {str(ref)[:60]}", "field")
     found = [(index, ref) for index, ref in enumerate(refs) if ref["split"] == split]
     if not found:
         there = ", ".join(f"{name} ({count} refs)" for name, count in Counter(ref["split"] for ref in refs).items())
@@ -121,11 +121,12 @@ class _Annotations:
         places = self.places.get(identity, [])
         if len(places) != 1:
             reason = f"occurs {len(places)} times, at {places}" if places else "has no annotation"
-            raise ValueError(f"ann_id {identity!r} {reason} in {self.path}")
+            raise DataError(f"ann_id {identity!r} {reason} in {self.path}", "reference")
         entry = self.entries[places[0]]
         if entry.get("image_id") != image["id"]:
-            raise ValueError(
-                f"ann_id {identity!r} belongs to image {entry.get('image_id')!r}, but the ref to {image['id']!r}"
+            raise DataError(
+                f"ann_id {identity!r} belongs to image {entry.get('image_id')!r}, but the ref to {image['id']!r}",
+                "reference",
             )
         return entry
 
@@ -136,7 +137,7 @@ class _Annotations:
             what = f"{self.path}: annotations[{self.places[identity][0]}] (id {identity!r}): segmentation"
             rles = instance_rles(entry.get("segmentation"), image["height"], image["width"], what)
             if len(rles) != 1:
-                raise ValueError(f"{what}: expected the mask of one instance, found {len(rles)}")
+                raise DataError(f"{what}: expected the mask of one instance, found {len(rles)}", "field")
             self.rles[identity] = rles[0]
         return self.rles[identity]
 
@@ -147,12 +148,12 @@ def _targets(ref: dict[str, Any], image: dict[str, Any], annotations: _Annotatio
     if is_id(ids):
         return [annotations.rle(ids, image)]
     if not isinstance(ids, list) or not ids or not all(map(is_id, ids)):
-        raise ValueError(f"ann_id must be an id or a list of ids, got {ids!r}")
+        raise DataError(f"ann_id must be an id or a list of ids, got {ids!r}", "field")
     if ids == [-1]:
         return []
     if len(set(ids)) < len(ids):
-        raise ValueError(f"ann_id holds an id twice: {ids}")
+        raise DataError(f"ann_id holds an id twice: {ids}", "duplicate")
     instances = [identity for identity in ids if not annotations.entry(identity, image).get("iscrowd")]
     if not instances:
-        raise ValueError(f"ann_id {ids} names crowd regions only")
+        raise DataError(f"ann_id {ids} names crowd regions only", "reference")
     return [annotations.rle(identity, image) for identity in instances]

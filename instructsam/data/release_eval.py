@@ -7,7 +7,8 @@ One file a split, a list of
     reasonseg   {image, question, is_sentence, mask, ignore_mask?}
     roborefit   {image, question | expression, masks}
 
-A mask is an RLE, a list of RLEs, polygons, or a list of lists of polygons; no mask is no-target. Height and width may
+A mask is an RLE, a list of RLEs, polygons, or a list of lists of polygons; no mask is no-target, in inst2seg and
+grefcoco RLEs without a pixel too, which is how the released code writes it. Height and width may
 be absent where masks are RLEs; else the picture's header is read.
 """
 
@@ -18,8 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from instructsam.data.checks import OnBad, Skips, read_json
+from instructsam.data.checks import Place, Skips, read_json
 from instructsam.data.eval_split import Collector, EvalSplit, as_phrase, instance_rles, name_of, turn_of, union_rles
+from instructsam.errors import DataError
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,7 @@ class _Asked:
     kind: str = ""
     is_phrase: bool = False
     joined: bool = False
+    empty_is_none: bool = False
 
 
 def read_release_eval(
@@ -42,8 +45,7 @@ def read_release_eval(
     form: str,
     file: str,
     image_root: Path | str,
-    on_bad: OnBad = "raise",
-    max_bad: int | None = None,
+    skips: Skips | None = None,
 ) -> EvalSplit:
     """Read one split; ids are NAME/SPLIT/INDEX or NAME/SPLIT/INDEX-INDEX, the places in the file.
 
@@ -51,7 +53,7 @@ def read_release_eval(
         form: inst2seg, grefcoco, reasonseg or roborefit, see above.
         file: below ``root``; ``{split}`` in it stands for the split.
         image_root: folder that pictures are named relative to.
-        on_bad, max_bad: see `instructsam.data.checks.Skips`.
+        skips: what to do about bad records; raises at the first by default.
 
     Raises:
         ValueError: naming file, index and reason: another form, missing fields, empty texts, masks that are malformed,
@@ -62,20 +64,21 @@ def read_release_eval(
     path = Path(root) / file.replace("{split}", split)
     records = read_json(path)
     if not isinstance(records, list):
-        raise ValueError(f"{path}: expected a list of records, got {type(records).__name__}")
-    collector = Collector(name, split, path, image_root, Skips(on_bad, max_bad))
+        raise DataError(f"{path}: expected a list of records, got {type(records).__name__}", "field")
+    collector = Collector(name, split, path, image_root, skips or Skips())
     for index, record in enumerate(records):
         asked: list[_Asked] = []
-        where = f"{path}: [{index}]"
+        where = Place(path, f"[{index}]")
         with collector.entry(where, "records"):
             image = name_of(record, "image")
             asked = list(FORMS[form](record))
         for number, one in enumerate(asked):
-            place = f"{where} {one.place}".rstrip()
+            place = where.within(one.place)
             with collector.entry(place):
                 height, width = collector.size_of(image, record, one.mask, one.ignore)
-                rles = (union_rles if one.joined else instance_rles)(one.mask, height, width)
-                ignored = union_rles(one.ignore, height, width, "ignore_mask")
+                read = union_rles if one.joined else instance_rles
+                rles = read(one.mask, height, width, empty_is_none=one.empty_is_none)
+                ignored = union_rles(one.ignore, height, width, "ignore_mask", empty_is_none=True)
                 identity = f"{index}-{number}" if one.place else index
                 phrase = as_phrase(one.text) if one.is_phrase and isinstance(one.text, str) else ""
                 turn = turn_of(identity, one.text, rles, phrase, one.kind)
@@ -85,40 +88,40 @@ def read_release_eval(
 
 def _list(record: Mapping[str, Any], key: str) -> list[Any]:
     if not isinstance(record.get(key), list):
-        raise ValueError(f"has no list {key!r}")
+        raise DataError(f"has no list {key!r}", "field")
     return record[key]
 
 
 def _inst2seg(record: Mapping[str, Any]) -> Iterator[_Asked]:
     for index, entry in enumerate(_list(record, "annotation")):
         if not isinstance(entry, Mapping):
-            raise ValueError(f"annotation[{index}]: expected an object, got {type(entry).__name__}")
-        yield _Asked(f"annotation[{index}]", entry.get("text"), entry.get("mask"))
+            raise DataError(f"annotation[{index}]: expected an object, got {type(entry).__name__}", "field")
+        yield _Asked(f"annotation[{index}]", entry.get("text"), entry.get("mask"), empty_is_none=True)
 
 
 def _grefcoco(record: Mapping[str, Any]) -> Iterator[_Asked]:
     texts, found = _list(record, "cat"), _list(record, "masks")
     if len(texts) != len(found):
-        raise ValueError(f"has {len(texts)} expressions in cat, but {len(found)} masks")
+        raise DataError(f"has {len(texts)} expressions in cat, but {len(found)} masks", "field")
     for index, (text, mask) in enumerate(zip(texts, found, strict=True)):
-        yield _Asked(f"cat[{index}]", text, mask, is_phrase=True)
+        yield _Asked(f"cat[{index}]", text, mask, is_phrase=True, empty_is_none=True)
 
 
 def _reasonseg(record: Mapping[str, Any]) -> Iterator[_Asked]:
     if not isinstance(record.get("is_sentence"), bool):
-        raise ValueError(f"is_sentence must be true or false, got {record.get('is_sentence')!r}")
+        raise DataError(f"is_sentence must be true or false, got {record.get('is_sentence')!r}", "field")
     kind = "long" if record["is_sentence"] else "short"
     if record.get("mask") in (None, []):
-        raise ValueError("has no mask")
+        raise DataError("has no mask", "field")
     yield _Asked("", record.get("question"), record["mask"], record.get("ignore_mask"), kind, joined=True)
 
 
 def _roborefit(record: Mapping[str, Any]) -> Iterator[_Asked]:
     keys = [key for key in ("question", "expression") if record.get(key) is not None]
     if len(keys) != 1:
-        raise ValueError("needs either a question or an expression")
+        raise DataError("needs either a question or an expression", "field")
     if record.get("masks") in (None, []):
-        raise ValueError("has no masks")
+        raise DataError("has no masks", "field")
     yield _Asked("", record[keys[0]], record["masks"], is_phrase=keys == ["expression"])
 
 

@@ -11,9 +11,10 @@ from __future__ import annotations
 from collections import Counter
 from pathlib import Path
 
-from instructsam.data.checks import OnBad, Skips, is_id, is_text
+from instructsam.data.checks import Place, Skips, is_id, is_text
 from instructsam.data.coco_instances import annotations_by_image, images_by_id, load_instances
 from instructsam.data.eval_split import Collector, EvalSplit, instance_rles, turn_of
+from instructsam.errors import DataError
 from instructsam.structures import RLE
 
 
@@ -23,23 +24,22 @@ def read_saco(
     name: str,
     file: str,
     image_root: Path | str,
-    on_bad: OnBad = "raise",
-    max_bad: int | None = None,
+    skips: Skips | None = None,
 ) -> EvalSplit:
     """Read one file; ids are NAME/SPLIT/ID of the pair. Crowd regions are no instances and are left out.
 
     Args:
         file: below ``root``; ``{split}`` in it stands for the split.
         image_root: folder that ``file_name`` is relative to.
-        on_bad, max_bad: see `instructsam.data.checks.Skips`. A pair with a bad annotation is left out as a whole, since
-            its figures would be wrong without it.
+        skips: what to do about bad records; raises at the first by default. A pair with a bad annotation is left out
+            as a whole, since its figures would be wrong without it.
 
     Raises:
         ValueError: naming file, index and reason: ids that are unknown or occur twice, phrases that are empty, masks
             that are malformed, empty or of another size, missing pictures.
     """
     path = Path(root) / file.replace("{split}", split)
-    skips = Skips(on_bad, max_bad)
+    skips = skips or Skips()
     coco = load_instances(path)
     pairs = images_by_id(path, coco["images"], skips)
     annotations = annotations_by_image(path, coco["annotations"], set(pairs), skips)
@@ -47,12 +47,12 @@ def read_saco(
     stated = Counter(entry["image_id"] for entry in entries)
     collector = Collector(name, split, path, image_root, skips)
     for identity, pair in pairs.items():
-        where = f"{path}: image {identity!r}"
+        where = Place(path, f"image {identity!r}")
         with collector.entry(where):
             if not is_text(pair.get("text_input")):
-                raise ValueError(f"the phrase in text_input is empty: {pair.get('text_input')!r}")
+                raise DataError(f"the phrase in text_input is empty: {pair.get('text_input')!r}", "text")
             if stated[identity] != len(annotations.get(identity, [])):
-                raise ValueError("an annotation of it is bad, see above")
+                raise DataError("an annotation of it is bad, see above", "reference")
             size = pair["height"], pair["width"]
             rles: list[RLE] = []
             for index, entry in annotations.get(identity, []):
@@ -61,7 +61,7 @@ def read_saco(
                 what = f"annotations[{index}] (id {entry['id']!r}): segmentation"
                 found = instance_rles(entry.get("segmentation"), *size, what)
                 if len(found) != 1:
-                    raise ValueError(f"{what}: expected the mask of one instance, found {len(found)}")
+                    raise DataError(f"{what}: expected the mask of one instance, found {len(found)}", "field")
                 rles += found
             phrase = pair["text_input"].strip()
             collector.add(where, pair["file_name"], size, turn_of(identity, phrase, rles, phrase))

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from instructsam.data.checks import OnBad
+from instructsam.data.checks import Skips
 from instructsam.data.coco_instructions import read_coco_instructions
 from instructsam.data.eval_split import EvalSplit
 from instructsam.data.gseval import read_gseval
@@ -65,11 +65,9 @@ class Benchmark:
         return float(np.nextafter(np.float32(self.threshold), np.float32(0))) if self.inclusive else self.threshold
 
 
-def _read_own(
-    root: Path | str, split: str, name: str, on_bad: OnBad = "raise", max_bad: int | None = None
-) -> EvalSplit:
+def _read_own(root: Path | str, split: str, name: str, skips: Skips | None = None) -> EvalSplit:
     """Own data and the tiny world; ids are those of the file."""
-    return EvalSplit(read_coco_instructions(root, split, on_bad, max_bad=max_bad))
+    return EvalSplit(read_coco_instructions(root, split, skips))
 
 
 READERS: dict[str, Callable[..., EvalSplit]] = {
@@ -81,7 +79,7 @@ READERS: dict[str, Callable[..., EvalSplit]] = {
     "saco": read_saco,
 }
 _SETTINGS = {field.name for field in dataclasses.fields(Benchmark)} - {"settings"}
-_SETTINGS |= {"reader", "splits", "prompt", "expected", "limit"}
+_SETTINGS |= {"reader", "splits", "prompt", "expected", "limit", "on_bad", "max_bad"}
 _OF_GROUP = ("name", "title", "members")
 
 
@@ -151,7 +149,8 @@ def load_benchmark(settings: Mapping[str, Any]) -> tuple[Benchmark, list[EvalIte
     if not isinstance(min_area, int) or min_area < 0:
         raise ValueError(f"min_area must be a number of pixels, got {min_area!r}")
 
-    read = reader(**options, name=settings["name"], split=settings["split"])
+    skips = Skips(settings.get("on_bad", "raise"), settings.get("max_bad"))
+    read = reader(**options, name=settings["name"], split=settings["split"], skips=skips)
     every = [
         EvalItem(
             sample,

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from instructsam.data.checks import Skips
 from instructsam.data.coco_instructions import read_coco_instructions
 from instructsam.data.dataset import InstructionDataset
 from instructsam.losses.criterion import CriterionConfig, SetCriterion
@@ -48,14 +49,13 @@ def build_task(settings: Mapping[str, Any]) -> Task:
     """
     model, processor = build_model(settings["model"], settings["seed"])
     data = settings["data"]
-    samples = read_coco_instructions(data["root"], data["train_split"], data["on_bad"], limit=data.get("limit"))
+    samples = read_coco_instructions(data["root"], data["train_split"], Skips(data["on_bad"]), limit=data.get("limit"))
     objective = dict(settings["objective"])
     name = objective.pop("name")
     if name not in OBJECTIVES:
         raise ValueError(f"objective.name={name!r} is not one of {', '.join(OBJECTIVES)}")
-    names = ("turns_per_image", "independent_turns", "kinds", "on_bad")
+    names = ("turns_per_image", "independent_turns", "kinds", "on_bad", "too_many_instances")
     options = {**{key: data[key] for key in names}, "seed": settings["seed"]}
-    options["too_many_instances"] = data.get("too_many_instances", "raise")  # configurations of older runs lack it
     # Heads draw their weights here: from the run's seed alone.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings["seed"] + 1)

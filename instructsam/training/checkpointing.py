@@ -108,18 +108,13 @@ def load_weights(checkpoint: str | Path, objective: nn.Module) -> None:
 
 
 def fingerprint_differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
-    """Settings that differ between two nested configurations, one text each: 'optim.lr is 0.1 there and 0.2 here'.
-
-    A setting that one of them lacks is as good as off (None, False, an empty list): a run may go on with a version that
-    has learned a new option, as long as it is not used.
-    """
+    """Settings that differ between two nested configurations, one text each: 'optim.lr is 0.1 there and 0.2 here'."""
     old, new = _flatten(there), _flatten(here)
     missing = "absent"
     differences = []
     for key in sorted({*old, *new}):
         first, second = old.get(key, missing), new.get(key, missing)
-        off = missing in (first, second) and any(value in (None, []) or value is False for value in (first, second))
-        if first != second and not off:
+        if first != second:
             differences.append(f"{key} is {first!r} there and {second!r} here")
     return differences
 

@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from instructsam import masks
+from instructsam.data.checks import Skips
 from instructsam.data.coco_instructions import read_coco_instructions
 
 
@@ -175,7 +176,7 @@ FAULTS = {
     "image missing": (change("images", 1, "file_name", "no.png"), r"image 2: no file .*no\.png"),
     "image other size": (change("images", 1, "width", 20), r"annotations\[2\] \(id 20\).*16x16.*16x20"),
     "annotation no object": (change("annotations", 3, None, []), r"annotations\[3\]: expected an object"),
-    "annotation twice": (change("annotations", 3, "id", 10), r"annotations\[3\]: id 10 occurs a second time"),
+    "annotation twice": (change("annotations", 3, "id", 10), r"annotations\[3\] \(id 10\): id 10 occurs a second time"),
     "annotation of no image": (change("annotations", 3, "image_id", 9), r"annotations\[3\] .*unknown image_id 9"),
     "category": (change("annotations", 3, "category_id", 7), r"annotations\[3\] \(id 21\): unknown category_id 7"),
     "attributes": (change("annotations", 3, "attributes", "red"), r"annotations\[3\] .*attributes must be an object"),
@@ -221,13 +222,13 @@ def test_faults_are_skipped_with_a_summary_and_the_rest_is_kept(folder, name, ca
     whole = {turn.id for sample in copy.deepcopy(folder).read() for turn in sample.turns}
     FAULTS[name][0](folder)
     with caplog.at_level(logging.WARNING):
-        samples = folder.read(on_bad="skip")
+        samples = folder.read(skips=Skips("skip"))
     left = {turn.id for sample in samples for turn in sample.turns}
     assert left <= whole and len(left) == 2
     assert any("skipped:" in record.message for record in caplog.records)
     assert f"{len(samples)} images are left" in caplog.records[-1].message
     with pytest.raises(ValueError, match="more than the 0 allowed"):
-        folder.read(on_bad="skip", max_bad=0)
+        folder.read(skips=Skips("skip", 0))
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"images": []}', '{"images": {}, "annotations": []}'])
@@ -235,7 +236,7 @@ def test_a_broken_instances_file_is_an_error_in_any_case(folder, text):
     folder.write()
     (folder.root / "val" / "instances.json").write_text(text)
     with pytest.raises(ValueError, match="instances.json: "):
-        read_coco_instructions(folder.root, "val", on_bad="skip")
+        read_coco_instructions(folder.root, "val", skips=Skips("skip"))
 
 
 @pytest.mark.parametrize("name", ["instances.json", "instructions.jsonl"])
@@ -243,18 +244,18 @@ def test_a_missing_file_is_named(folder, name):
     folder.write()
     (folder.root / "val" / name).unlink()
     with pytest.raises(ValueError, match=f"{name}: cannot be read"):
-        read_coco_instructions(folder.root, "val", on_bad="skip")
+        read_coco_instructions(folder.root, "val", skips=Skips("skip"))
 
 
 def test_nothing_usable_is_an_error(folder):
     folder.lines = []
     with pytest.raises(ValueError, match="no image with a usable instruction"):
-        folder.read(on_bad="skip")
+        folder.read(skips=Skips("skip"))
 
 
 def test_wrong_options_are_refused(folder):
     with pytest.raises(ValueError, match="on_bad"):
-        folder.read(on_bad="ignore")
+        folder.read(skips=Skips("ignore"))
     with pytest.raises(ValueError, match="limit=0"):
         folder.read(limit=0)
 

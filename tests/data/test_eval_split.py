@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from instructsam import masks
-from instructsam.data.checks import Skips
+from instructsam.data.checks import Place, Skips
 from instructsam.data.eval_split import Collector, MissingImage, as_phrase, instance_rles, turn_of, union_rles
 
 HEIGHT, WIDTH = 12, 20
@@ -18,6 +18,7 @@ A = np.zeros((HEIGHT, WIDTH), dtype=bool)
 A[2:6, 3:8] = True
 B = np.zeros((HEIGHT, WIDTH), dtype=bool)
 B[7:11, 10:19] = True
+HERE, THERE = Place("here"), Place("there")
 RLE_A, RLE_B = dict(masks.encode(A)), dict(masks.encode(B))
 POLYGON_A = [3, 2, 8, 2, 8, 6, 3, 6]
 POLYGON_B = [10, 7, 19, 7, 19, 11, 10, 11]
@@ -52,10 +53,14 @@ def test_every_form_of_masks(value, expected):
         np.testing.assert_array_equal(masks.decode(joined[0]), np.any(expected, axis=0))
 
 
-def test_masks_without_a_pixel_are_no_target():
+def test_masks_without_a_pixel_are_no_target_only_where_a_format_has_it_so():
     empty = dict(masks.empty_rle(HEIGHT, WIDTH))
-    assert instance_rles(empty, HEIGHT, WIDTH) == instance_rles([empty, empty], HEIGHT, WIDTH) == []
-    assert union_rles(empty, HEIGHT, WIDTH) == []
+    for value in (empty, [empty, empty]):
+        assert instance_rles(value, HEIGHT, WIDTH, empty_is_none=True) == []
+        assert union_rles(value, HEIGHT, WIDTH, empty_is_none=True) == []
+        for read in (instance_rles, union_rles):
+            with pytest.raises(ValueError, match=r"mask\[0\]: the mask is empty"):
+                read(value, HEIGHT, WIDTH)
 
 
 @pytest.mark.parametrize(
@@ -133,13 +138,13 @@ def test_instructions_are_gathered_by_picture_under_unique_ids(tmp_path):
         picture(tmp_path / f"{name}.jpg")
     gathers = collector(tmp_path)
     for identity, image in (("1", "a.jpg"), ("2", "b.jpg"), ("3", "a.jpg")):
-        gathers.add("here", image, (HEIGHT, WIDTH), turn_of(identity, f" text {identity} ", []))
+        gathers.add(HERE, image, (HEIGHT, WIDTH), turn_of(identity, f" text {identity} ", []))
     with pytest.raises(ValueError, match="id '3' is that of here too"):
-        gathers.add("there", "b.jpg", (HEIGHT, WIDTH), turn_of("3", "again", []))
+        gathers.add(THERE, "b.jpg", (HEIGHT, WIDTH), turn_of("3", "again", []))
     with pytest.raises(ValueError, match="image a.jpg is 20x12 .* here, 12x20 before"):
-        gathers.add("there", "a.jpg", (WIDTH, HEIGHT), turn_of("4", "other size", []))
+        gathers.add(THERE, "a.jpg", (WIDTH, HEIGHT), turn_of("4", "other size", []))
     with pytest.raises(ValueError, match="the instruction is empty"):
-        gathers.add("there", "a.jpg", (HEIGHT, WIDTH), turn_of("4", " \n", []))
+        gathers.add(THERE, "a.jpg", (HEIGHT, WIDTH), turn_of("4", " \n", []))
     samples = gathers.finish().samples
     assert [[(turn.id, turn.instruction) for turn in sample.turns] for sample in samples] == [
         [("set/val/1", "text 1"), ("set/val/3", "text 3")],
@@ -170,7 +175,7 @@ def test_a_picture_that_had_to_be_opened_is_named_with_the_other_missing_ones(tm
 def test_many_missing_pictures_are_counted_and_some_named(tmp_path):
     gathers = collector(tmp_path)
     for number in range(30):
-        gathers.add("here", f"{number}.jpg", (3, 4), turn_of(number, "text", []))
+        gathers.add(HERE, f"{number}.jpg", (3, 4), turn_of(number, "text", []))
     with pytest.raises(ValueError, match=r"30 of 30 pictures are not in .*: 0\.jpg, .* 9\.jpg, \.\.\.$"):
         gathers.finish()
 

@@ -9,6 +9,7 @@ import pytest
 from benchmark_fixtures import gseval_lines, scenes, write_benchmark
 
 from instructsam import masks
+from instructsam.data.checks import Skips
 from instructsam.data.gseval import read_gseval
 
 CLASSES = {0: "stuff", 1: "part", 2: "multi", 3: "single"}
@@ -84,7 +85,7 @@ def test_faults_are_named_and_skipped(read, name):
     lines[1] = change if isinstance(change, str) else {**lines[1], **change}
     with pytest.raises(ValueError, match=r"test\.jsonl:2: .*" + message):
         read(lines)
-    split = read(lines, on_bad="skip")
+    split = read(lines, skips=Skips("skip"))
     assert len(turns(split)) == len(scenes()) - 1 and split.skipped == {"instructions": 1}
 
 

@@ -9,6 +9,7 @@ import pytest
 from benchmark_fixtures import reasonseg_entry, save_json, scenes, write_benchmark
 
 from instructsam import masks
+from instructsam.data.checks import Skips
 from instructsam.data.reasonseg import IGNORE, TARGET, draw_shapes, read_reasonseg
 
 
@@ -114,7 +115,7 @@ def test_faults_are_named_and_skipped(root, name):
     save_json(first_file(root), {**json.loads(first_file(root).read_text()), **changes})
     with pytest.raises(ValueError, match=rf"{scenes()[0].name}\.json: .*{message}|{scenes()[0].name}\.json: {message}"):
         read_reasonseg(root, "val")
-    read = read_reasonseg(root, "val", on_bad="skip")
+    read = read_reasonseg(root, "val", skips=Skips("skip"))
     assert len(turns(read)) == len(scenes()) - 1 and read.skipped == {"instructions": 1}
 
 
@@ -123,7 +124,7 @@ def test_broken_files_are_named(root, data):
     first_file(root).write_bytes(data)
     with pytest.raises(ValueError, match=rf"{scenes()[0].name}\.json: "):
         read_reasonseg(root, "val")
-    assert len(turns(read_reasonseg(root, "val", on_bad="skip"))) == len(scenes()) - 1
+    assert len(turns(read_reasonseg(root, "val", skips=Skips("skip")))) == len(scenes()) - 1
 
 
 def test_missing_pictures_and_folders_are_named(root):

@@ -11,6 +11,7 @@ import pytest
 from benchmark_fixtures import refer_set, save_json, scenes, write_benchmark
 
 from instructsam import masks
+from instructsam.data.checks import Skips
 from instructsam.data.referring import read_referring
 
 FILES = {False: ("refcoco", "refs(unc).p"), True: ("grefcoco", "grefs(unc).json")}
@@ -128,7 +129,7 @@ def test_pictures_are_not_opened_but_looked_for(refcoco):
         refcoco.read()
     assert f"2 of {len(whole.samples)} pictures are not in {refcoco.root / 'train2014'}: COCO" in str(caught.value)
     assert scenes()[1].name in str(caught.value) and scenes()[2].name in str(caught.value)
-    left = refcoco.read(on_bad="skip")
+    left = refcoco.read(skips=Skips("skip"))
     gone = {sample.image.name for sample in whole.samples} - {sample.image.name for sample in left.samples}
     assert len(gone) == 2 and left.skipped["images"] == 2
     assert left.skipped["instructions"] == len(turns(whole)) - len(turns(left))
@@ -182,7 +183,7 @@ FAULTS = {
         r"annotations\[0\] \(id 100\): segmentation: size is 8x8 .*expected 96x80",
     ),
     "counts short": (set_annotation(segmentation={"size": [96, 80], "counts": [5, 5]}), r"counts sum to 10, but 96x80"),
-    "empty mask": (set_annotation(segmentation=EMPTY), r"annotations\[0\] .*found 0"),
+    "empty mask": (set_annotation(segmentation=EMPTY), r"annotations\[0\] .*the mask is empty"),
     "polygon outside": (set_annotation(segmentation=[[90, 1, 95, 1, 95, 9]]), r"annotations\[0\] .*outside the image"),
     "polygon of two points": (set_annotation(segmentation=[[1, 1, 9, 9]]), r"annotations\[0\] .*has 2 points"),
     "polygon nan": (set_annotation(segmentation=[[1, 1, 9, float("nan"), 5, 5]]), r"annotations\[0\] .*NaN"),
@@ -198,12 +199,12 @@ def test_faults_are_named_and_skipped(refcoco, name, caplog):
         refcoco.read()
     assert str(refcoco.root / "refcoco") in str(caught.value)
     with caplog.at_level(logging.WARNING):
-        read = refcoco.read(on_bad="skip")
+        read = refcoco.read(skips=Skips("skip"))
     left = turns(read)
     assert len(whole) - 4 <= len(left) < len(whole) and left.keys() <= whole.keys()
     assert sum(read.skipped.values()) >= 1 and f"{len(left)} instructions are left" in caplog.text
     with pytest.raises(ValueError, match="more than the 0 allowed"):
-        refcoco.read(on_bad="skip", max_bad=0)
+        refcoco.read(skips=Skips("skip", 0))
 
 
 @pytest.mark.parametrize(
@@ -232,7 +233,7 @@ def test_broken_files_are_named_in_any_case(refcoco, grefcoco):
     for refs, message in (({"a": 1}, "expected a list of refs, got dict"), ([{"split": "val"}, 3], r"\[1\]: expected")):
         refcoco.refs = refs
         with pytest.raises(ValueError, match=rf"refs\(unc\)\.p: {message}"):
-            refcoco.read(on_bad="skip")
+            refcoco.read(skips=Skips("skip"))
     path = grefcoco.root / "grefcoco" / "grefs(unc).json"
     path.write_text(json.dumps(grefcoco.refs)[:-20])
     with pytest.raises(ValueError, match=r"grefs\(unc\)\.json: is not valid JSON"):

@@ -9,6 +9,7 @@ import pytest
 from benchmark_fixtures import release_records, save_json, scenes, write_benchmark
 
 from instructsam import masks
+from instructsam.data.checks import Skips
 from instructsam.data.release_eval import FORMS, read_release_eval
 
 WRITTEN = {"inst2seg": "inst2seg", "grefcoco": "grefcoco_release", "reasonseg": "reasonseg_release"}
@@ -126,7 +127,7 @@ def test_faults_are_named_and_skipped(read, name, caplog):
     with pytest.raises(ValueError, match=r"x_val\.json: " + message):
         read(form, records)
     with caplog.at_level(logging.WARNING):
-        split = read(form, records, on_bad="skip")
+        split = read(form, records, skips=Skips("skip"))
     whole, left = turns(read(form)), turns(split)
     assert left.keys() < whole.keys() and not {i for i in whole if "/0" not in i} - left.keys()
     assert sum(split.skipped.values()) >= 1 and f"{len(left)} instructions are left" in caplog.text
@@ -141,7 +142,7 @@ def test_missing_pictures_are_listed(read, tmp_path):
 
 def test_broken_files_are_named(read, tmp_path):
     with pytest.raises(ValueError, match=r"x_val\.json: expected a list of records, got dict"):
-        read("inst2seg", {"records": []}, on_bad="skip")
+        read("inst2seg", {"records": []}, skips=Skips("skip"))
     with pytest.raises(ValueError, match="form='lvis' is none of inst2seg, grefcoco"):
         read_release_eval(tmp_path, "val", "x", "lvis", "x.json", tmp_path)
     with pytest.raises(ValueError, match=r"none\.json: cannot be read"):

@@ -7,6 +7,7 @@ import pytest
 from benchmark_fixtures import saco_set, save_json, scenes, write_benchmark
 
 from instructsam import masks
+from instructsam.data.checks import Skips
 from instructsam.data.saco import read_saco
 
 
@@ -57,7 +58,7 @@ def test_a_pair_that_lost_an_annotation_is_left_out_as_a_whole(read):
     data = saco_set()
     del data["annotations"][0]["id"]
     spoilt = f"saco/test/{data['annotations'][0]['image_id']}"
-    assert spoilt in turns(read(saco_set())) and spoilt not in turns(read(data, on_bad="skip"))
+    assert spoilt in turns(read(saco_set())) and spoilt not in turns(read(data, skips=Skips("skip")))
 
 
 FAULTS = {
@@ -91,7 +92,7 @@ def test_faults_are_named_and_skipped(read, name):
     apply(data)
     with pytest.raises(ValueError, match=r"test\.json: .*" + message + r"|test\.json: " + message):
         read(data)
-    split = read(data, on_bad="skip")
+    split = read(data, skips=Skips("skip"))
     assert split.skipped == skipped
     assert len(turns(split)) == len(turns(read())) - (0 if name in ("pair twice", "unknown pair") else 1)
 
