@@ -1,8 +1,20 @@
-"""Where the Hydra configurations lie: beside the package in a checkout, inside it in an installed wheel."""
+"""Where the Hydra configurations lie (beside the package in a checkout, inside it in an installed wheel), and what one
+lacks."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 _BESIDE = Path(__file__).resolve().parents[1] / "configs"
 CONFIGS = str(_BESIDE if (_BESIDE / "train.yaml").exists() else Path(__file__).resolve().parent / "configs")
+
+
+def missing_keys(values: Any, prefix: str = "") -> Iterator[str]:
+    """Keys without a value (???) in a nested configuration; OmegaConf's own cannot where others refer to them."""
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from missing_keys(value, f"{prefix}{key}.")
+        elif value == "???":
+            yield f"{prefix}{key}"

@@ -24,7 +24,7 @@ from typing import Any, cast
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
-from instructsam.configs_path import CONFIGS
+from instructsam.configs_path import CONFIGS, missing_keys
 
 NEEDS_MODEL = {"untrained": False, "limit": None, "restart": False}
 
@@ -57,6 +57,8 @@ def check(settings: Mapping[str, Any]) -> None:
         asked += ["query_reliance=true"] if settings["query_reliance"] is True else []
         if asked:
             raise ValueError(f"{', '.join(asked)}: needs the model, which predictions=FILE goes without")
+    elif missing := list(missing_keys(settings["benchmark"], "benchmark.")):
+        raise ValueError(f"not given: {', '.join(f'{key}=...' for key in missing)}")
     lowest = {"batch_size": 1, "max_new_tokens": 1, "limit": 1, "threads": 0, "workers": 0, "seed": 0}
     lowest |= {"gallery_rows": 0, "bootstrap": 0, "min_area": 0}
     for key, least in lowest.items():

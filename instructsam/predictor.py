@@ -11,7 +11,6 @@ Shape suffixes: P phrases, N queries, C channels, H W pixels.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,78 +19,13 @@ from torch import Tensor
 
 from instructsam.models.decoding import decode
 from instructsam.models.decoding_rules import DEFAULT_RULE, DecodingRule, decoding_rule
-from instructsam.models.detector import DetectorOutput, ImageFeatures
 from instructsam.models.factory import load_processor
 from instructsam.models.hub import resolve
-from instructsam.models.loading import as_dtype
 from instructsam.models.modeling import BridgeOutput, InstructSAM
+from instructsam.models.placement import as_device, as_dtype
+from instructsam.models.stages import Detection, Prepared, Understanding
 from instructsam.processing.processor import InstructSAMProcessor
 from instructsam.structures import Prediction
-
-
-@dataclass
-class Prepared:
-    """A batch as the model reads it, still in main memory.
-
-    Attributes:
-        batch: what the processor's `collate` gives.
-        phrases: the phrases of each answer, None where they are to be written; sizes: (height, width) of each image.
-    """
-
-    batch: dict[str, Any]
-    phrases: Sequence[Sequence[str] | None]
-    sizes: list[tuple[int, int]]
-
-
-@dataclass
-class Detection:
-    """What the detector made of a batch, before post-processing; `output` is None where no answer has a phrase."""
-
-    output: DetectorOutput | None
-    answers: list[str]
-    phrases: list[list[str]]
-    sizes: list[tuple[int, int]]
-    finished: list[bool]
-
-
-@dataclass
-class Understanding:
-    """What the language model made of a batch, before the detector ran.
-
-    Attributes:
-        features: image features of the detector.
-        bridge: projected queries and phrase features, phrases of the batch on one axis P.
-        answers: the text of each answer; phrases: its phrases; sizes: (height, width) of each image.
-        finished: for each answer, False where a limit cut it off.
-    """
-
-    features: ImageFeatures
-    bridge: BridgeOutput
-    answers: list[str]
-    phrases: list[list[str]]
-    sizes: list[tuple[int, int]]
-    finished: list[bool]
-
-
-def as_device(device: str | torch.device) -> torch.device:
-    """The device of that name. Raises ValueError where there is no such device on this computer."""
-    try:
-        found = torch.device(device)
-    except (RuntimeError, TypeError):
-        raise ValueError(f"device={device!r} is no device; use cpu, cuda, cuda:1 (the second GPU) or mps") from None
-    if found.type == "cuda":
-        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        if (found.index or 0) >= count:
-            there = f"only {count} there, counted from cuda:0" if count else "PyTorch finds none"
-            raise ValueError(f"device={str(device)!r}: no such NVIDIA GPU ({there}); device=cpu works everywhere")
-        return found
-    try:
-        torch.zeros(1, device=found).cpu()
-    except (RuntimeError, AssertionError, ImportError):
-        raise ValueError(
-            f"device={str(device)!r} is not there, or computes nothing; device=cpu works everywhere"
-        ) from None
-    return found
 
 
 class Predictor:
@@ -179,7 +113,6 @@ class Predictor:
         Raises:
             ValueError: no image, an empty instruction, lists of different lengths (each says which one).
         """
-        max_new_tokens = self.max_new_tokens if max_new_tokens is None else max_new_tokens
         max_phrases = self.max_phrases if max_phrases is None else max_phrases
         images, instructions, phrase_lists = self._check(images, instructions, phrases, max_phrases)
         if not 0 <= threshold <= 1:
@@ -201,10 +134,13 @@ class Predictor:
         images: Sequence[Any],
         instructions: Sequence[str],
         phrases: Sequence[Sequence[str] | None],
-        max_new_tokens: int = 128,
-        max_phrases: int = 10,
+        max_new_tokens: int | None = None,
+        max_phrases: int | None = None,
     ) -> Understanding:
-        """Run everything up to the bridge on one batch; `phrases` all None = write the answers."""
+        """Run everything up to the bridge on one batch; `phrases` all None = write the answers.
+
+        Limits as in `segment`.
+        """
         return self._understand(self._encode(images, instructions, phrases), max_new_tokens, max_phrases)
 
     def _encode(
@@ -221,7 +157,9 @@ class Predictor:
         return Prepared(batch, phrases, [item["size"] for item in items])
 
     @torch.no_grad()
-    def _understand(self, prepared: Prepared, max_new_tokens: int, max_phrases: int) -> Understanding:
+    def _understand(
+        self, prepared: Prepared, max_new_tokens: int | None = None, max_phrases: int | None = None
+    ) -> Understanding:
         phrases = prepared.phrases
         batch = {
             key: value.to(self.model.device, non_blocking=True) if isinstance(value, Tensor) else value
@@ -235,8 +173,8 @@ class Predictor:
                 input_ids,
                 attention_mask,
                 *vision,
-                max_new_tokens=max_new_tokens,
-                max_phrases=max_phrases,
+                max_new_tokens=self.max_new_tokens if max_new_tokens is None else max_new_tokens,
+                max_phrases=self.max_phrases if max_phrases is None else max_phrases,
                 rule=self.rule,
             )
             input_ids, language = decoded.input_ids, decoded.language
@@ -254,12 +192,12 @@ class Predictor:
             answers_ids = [self.processor.chat.answer(answer) for answer in found]
             finished = [True] * len(found)
         return Understanding(
-            features=self.model.detector.encode_image(batch["detector_pixel_values"]),
-            bridge=self.model.bridge(input_ids, language),
             answers=[self.processor.chat.answer_text(ids) for ids in answers_ids],
             phrases=found,
             sizes=prepared.sizes,
             finished=finished,
+            features=self.model.detector.encode_image(batch["detector_pixel_values"]),
+            bridge=self.model.bridge(input_ids, language),
         )
 
     @torch.no_grad()
@@ -275,7 +213,7 @@ class Predictor:
             bridge = BridgeOutput(queries_PNC, bridge.phrase_features_PTC, bridge.phrase_mask_PT, bridge.phrase_image_P)
         output = self.model.detect(understanding.features, bridge) if len(bridge.phrase_image_P) else None
         return Detection(
-            output, understanding.answers, understanding.phrases, understanding.sizes, understanding.finished
+            understanding.answers, understanding.phrases, understanding.sizes, understanding.finished, output
         )
 
     # ---- the three stages, for the harness (`evaluation.segmenter.StagedSegmenter`) --------------------------------
@@ -303,7 +241,7 @@ class Predictor:
     @torch.no_grad()
     def compute(self, prepared: Prepared) -> Detection:
         """Run the model on one batch."""
-        return self._detect(self._understand(prepared, self.max_new_tokens, self.max_phrases))
+        return self._detect(self._understand(prepared))
 
     @torch.no_grad()
     def finish(self, detection: Detection, threshold: float = 0.3) -> list[Prediction]:

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, cast
@@ -24,7 +23,7 @@ import hydra
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from instructsam.configs_path import CONFIGS
+from instructsam.configs_path import CONFIGS, missing_keys
 from instructsam.training.lock import exclusive
 
 
@@ -32,12 +31,12 @@ def train(settings: dict[str, Any]) -> dict[str, Any]:
     """Run one training as configured; returns the trainer's summary. See `training.trainer.Trainer.run`."""
     from instructsam.models.checkpoints import replace_folder
     from instructsam.models.lora import save_with_adapter
+    from instructsam.models.placement import as_dtype
     from instructsam.training.build import build_task
     from instructsam.training.optim import OptimConfig
-    from instructsam.training.precision import dtype_of
     from instructsam.training.trainer import Trainer, TrainerConfig
 
-    save_dtype = dtype_of(settings["save_dtype"], "save_dtype")
+    save_dtype = as_dtype(settings["save_dtype"], "save_dtype", auto=False)
     if settings["threads"]:
         torch.set_num_threads(settings["threads"])
     task = build_task(settings)
@@ -52,9 +51,6 @@ def train(settings: dict[str, Any]) -> dict[str, Any]:
 
         evaluate = periodic_evaluation(task, settings)
     fingerprint = {key: settings[key] for key in ("model", "data", "objective")}
-    if settings["data"].get("too_many_instances") == "raise":
-        # What runs did before there was a choice: they must be able to go on.
-        fingerprint["data"] = {key: value for key, value in settings["data"].items() if key != "too_many_instances"}
     optim = OptimConfig.from_dict(settings["optim"])
     trainer = Trainer(config, task.objective, task.dataset, task.collate, optim, evaluate, fingerprint, task.group_by)
     summary = trainer.run()
@@ -68,15 +64,6 @@ def train(settings: dict[str, Any]) -> dict[str, Any]:
         trainer.accelerator.wait_for_everyone()
         trainer.accelerator.end_training()
     return summary
-
-
-def missing_keys(values: Any, prefix: str = "") -> Iterator[str]:
-    """Keys without a value (???) in a nested configuration; OmegaConf's own cannot where others refer to them."""
-    for key, value in values.items():
-        if isinstance(value, dict):
-            yield from missing_keys(value, f"{prefix}{key}.")
-        elif value == "???":
-            yield f"{prefix}{key}"
 
 
 @hydra.main(config_path=CONFIGS, config_name="train", version_base="1.3")

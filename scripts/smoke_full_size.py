@@ -32,10 +32,11 @@ from instructsam.configs_path import CONFIGS
 from instructsam.models.configuration import InstructSAMConfig
 from instructsam.models.factory import VISION_TOKENS, load_tokenizer, make_processor
 from instructsam.models.full_size import full_size_config
-from instructsam.models.loading import as_dtype, empty_model, fill
+from instructsam.models.loading import empty_model, fill
 from instructsam.models.lora import TARGETS, LoraSettings
 from instructsam.models.modeling import InstructSAM
-from instructsam.predictor import Predictor, as_device
+from instructsam.models.placement import as_device, as_dtype
+from instructsam.predictor import Predictor
 from instructsam.processing.images import load_image
 from instructsam.processing.special_tokens import add_special_tokens
 from instructsam.processing.tokenizer import build_word_tokenizer, split_words

@@ -103,7 +103,7 @@ def test_headline_figures_of_the_benchmark(tmp_path):
 
 
 def test_what_cannot_be_compared(tmp_path, capsys):
-    rules = {"name": "refcoco", "split": "val", "threshold": 0.3}
+    rules = {"name": "refcoco", "split": "val", "threshold": 0.3, "inclusive": False}
     a = write(tmp_path / "a", run_of([5] * 12), rules)
 
     def message(records, benchmark=None, threshold=None, name="b"):
@@ -115,6 +115,7 @@ def test_what_cannot_be_compared(tmp_path, capsys):
     assert "a/metrics.json lacks 'q13'" in text
     assert "b/metrics.json lacks 'q3', 'q4', 'q5', 'q6', 'q7' and 4 more" in text
     assert "threshold 0.3 and 0.5" in message(run_of([5] * 12), {**rules, "threshold": 0.5})
+    assert "inclusive False and True" in message(run_of([5] * 12), {**rules, "inclusive": True})
     assert "split 'val' and 'testA'" in message(run_of([5] * 12), {**rules, "split": "testA"})
     assert "name 'refcoco' and 'grefcoco'" in message(run_of([5] * 12), {**rules, "name": "grefcoco"})
     assert "score_threshold None and 0.5" in message(run_of([5] * 12), threshold=0.5)

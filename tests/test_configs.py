@@ -15,10 +15,10 @@ from instructsam.losses.criterion import CriterionConfig
 from instructsam.models.configuration import InstructSAMConfig
 from instructsam.models.factory import SETTINGS
 from instructsam.models.lora import LoraSettings
+from instructsam.models.placement import as_dtype
 from instructsam.training.build import OBJECTIVES
 from instructsam.training.checkpointing import fingerprint_differences
 from instructsam.training.optim import OptimConfig
-from instructsam.training.precision import DTYPES
 from instructsam.training.trainer import TrainerConfig
 
 
@@ -42,7 +42,7 @@ def check(settings: dict) -> None:
         LoraSettings.from_mapping(settings["model"]["lora"])
     assert set(settings["model"]) <= SETTINGS
     assert settings["objective"]["name"] in OBJECTIVES
-    assert settings["save_dtype"] in DTYPES
+    as_dtype(settings["save_dtype"], "save_dtype", auto=False)
 
 
 @pytest.mark.parametrize("override", GROUPS)

@@ -363,12 +363,3 @@ def test_there_is_never_no_folder(tmp_path, monkeypatch):
         with replace_folder(folder) as unfinished:
             (unfinished / "config.json").touch()
     assert seen == [".model.tmp"]
-
-
-def test_runs_from_before_the_choice_of_too_many_instances_go_on(world, tmp_path):
-    settings = settings_of("train", f"data.root={world}", f"output_dir={tmp_path}", *SHORT)
-    older = {**settings, "data": {k: v for k, v in settings["data"].items() if k != "too_many_instances"}}
-    train(older)
-    assert train(settings)["status"] == "already_complete"
-    with pytest.raises(ValueError, match="data.too_many_instances is 'absent' there and 'drop' here"):
-        train({**settings, "data": {**settings["data"], "too_many_instances": "drop"}})

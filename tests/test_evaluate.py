@@ -170,6 +170,15 @@ def test_predictions_need_neither_torch_nor_metrics(evaluated, tmp_path):
     assert json.loads((tmp_path / "recomputed" / "metrics.json").read_text())["benchmark"]["name"] == "tiny_world"
 
 
+def test_records_are_measured_once(evaluated, tmp_path, monkeypatch):
+    from instructsam.evaluation import bootstrap, html, metrics
+
+    for module in (bootstrap, html, metrics):
+        monkeypatch.setattr(module, "measure", None)
+    evaluate(settings(f"predictions={evaluated / 'predictions.jsonl'}", f"output_dir={tmp_path}", "html=true"))
+    assert (tmp_path / "report.html").exists() and figures(tmp_path)["intervals"]
+
+
 def test_predictions_under_another_threshold(tmp_path):
     rle = {"size": [4, 4], "counts": "04<"}
     record = {"id": "a", "image": "a.png", "instruction": "x", "height": 4, "width": 4, "gt_rles": [rle]}
@@ -284,6 +293,9 @@ def test_the_digest_is_of_all_weights_in_order(tmp_path):
     assert weights_digest(tmp_path) == hashlib.sha256(b"enotwothree").hexdigest()
     (tmp_path / "b.safetensors").unlink()
     with pytest.raises(ValueError, match=r"no file .*b.safetensors"):
+        weights_digest(tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"x": "../b.safetensors"}}')
+    with pytest.raises(ValueError, match=r"index.json names '../b.safetensors', which is no safetensors file in"):
         weights_digest(tmp_path)
 
 

@@ -17,6 +17,7 @@ from instructsam.models.checkpoints import fresh_model
 from instructsam.models.configuration import InstructSAMConfig
 from instructsam.models.decoding import decode
 from instructsam.models.decoding_rules import RULES
+from instructsam.models.placement import cast_parameters
 from instructsam.predictor import Predictor
 
 PHRASES = [["red circles"], ["stars", "large blue squares"]]
@@ -71,6 +72,14 @@ def test_given_phrases_equal_written_ones(decoding, checkpoint, images, monkeypa
         assert [i.score for i in one.instances] == pytest.approx([i.score for i in other.instances], abs=1e-4)
 
 
+def test_limits_are_the_predictors_own_unless_given(checkpoint, images, monkeypatch):
+    predictor = Predictor.from_pretrained(checkpoint, max_new_tokens=1)
+    write(monkeypatch, predictor, PHRASES)
+    assert predictor.understand(images, INSTRUCTIONS, [None, None]).finished == [False, False]
+    assert predictor.understand(images, INSTRUCTIONS, [None, None], max_new_tokens=64).finished == [True, True]
+    assert not predictor.segment(images[0], INSTRUCTIONS[0])[0].meta["finished"]
+
+
 def test_the_rules_differ(checkpoint, images):
     """By default it is `trained`; the released rule reads two more tokens a phrase and gives other queries."""
     found = {}
@@ -113,8 +122,7 @@ def test_half_precision_of_the_ablations(dtype, checkpoint, images):
     scores = []
     for precision in (torch.float32, getattr(torch, dtype)):
         model = fresh_model(config, seed=0)
-        for parameter in model.parameters():
-            parameter.data = parameter.data.to(precision)
+        cast_parameters(model.parameters(), precision)
         predictor = Predictor(model, exact.processor, "released")
         scores.append(all_scores(predictor.segment(images, INSTRUCTIONS, phrases=PHRASES, threshold=0.0)))
     for one, other in zip(*scores, strict=True):

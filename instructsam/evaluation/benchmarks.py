@@ -7,7 +7,6 @@ Everything about a benchmark stands in `configs/benchmark/NAME.yaml`; a new one 
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from instructsam.data.checks import Skips
 from instructsam.data.coco_instructions import read_coco_instructions
 from instructsam.data.eval_split import EvalSplit
 from instructsam.data.gseval import read_gseval
+from instructsam.data.reader_options import reader_options
 from instructsam.data.reasonseg import read_reasonseg
 from instructsam.data.referring import read_referring
 from instructsam.data.release_eval import read_release_eval
@@ -195,17 +195,7 @@ def _reader(settings: Mapping[str, Any]) -> tuple[Callable[..., EvalSplit], dict
     if missing := [key for key in required if settings.get(key) is None]:
         raise ValueError(f"benchmark {settings.get('name')!r}: not given: {', '.join(missing)}")
     where = f"benchmark {settings['name']!r}"
-    if settings["reader"] not in READERS:
-        raise ValueError(f"{where}: reader {settings['reader']!r} is none of {', '.join(READERS)}")
-    reader = READERS[settings["reader"]]
-    parameters = inspect.signature(reader).parameters
-    options = {key: value for key, value in settings.items() if key not in _SETTINGS}
-    if unknown := set(options) - set(parameters):
-        raise ValueError(f"{where}: unknown settings {', '.join(sorted(unknown))}")
-    needed = {name for name, parameter in parameters.items() if parameter.default is parameter.empty}
-    if missing := sorted(key for key in needed - {"name", "split"} if options.get(key) is None):
-        raise ValueError(f"{where}: not given: {', '.join(missing)}")
-    return reader, options
+    return reader_options(READERS, settings, where, _SETTINGS, ("name", "split", "skips"))
 
 
 def _how_many(settings: Mapping[str, Any], asked: int, found: int) -> str:

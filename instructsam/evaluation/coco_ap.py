@@ -18,7 +18,7 @@ from pycocotools.cocoeval import COCOeval  # type: ignore[import-untyped]
 
 from instructsam import masks
 from instructsam.evaluation.average_precision import IOU_THRESHOLDS
-from instructsam.evaluation.records import check_fields
+from instructsam.evaluation.records import checked
 
 MAX_DETECTIONS = 100
 
@@ -32,10 +32,7 @@ def coco_ap(records: Iterable[Mapping[str, Any]]) -> dict[str, float | None]:
     Raises:
         ValueError: for no records, an id that occurs twice, or a malformed record, which is named with the reason.
     """
-    records = list(records)
-    if not records:
-        raise ValueError("no records to evaluate")
-    names = check_fields(records)
+    records, names = checked(records)
     images, truths, predictions = [], [], []
     for number, (record, name) in enumerate(zip(records, names, strict=True), start=1):
         height, width = int(record["height"]), int(record["width"])

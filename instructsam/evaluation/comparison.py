@@ -24,7 +24,7 @@ from instructsam.evaluation.streaming import read_records
 FLIPS = 10_000
 _EXACT_CLUSTERS = 13  # up to 2^13 sign flips are all tried
 _NAMED = 5  # ids that a message lists
-RULES = ("name", "split", "threshold", "min_area")
+RULES = ("name", "split", "threshold", "inclusive", "min_area")
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-WEIGHTS, INDEX, ADAPTER = "model.safetensors", "model.safetensors.index.json", "adapter"
+from instructsam.models.weights import INDEX, WEIGHTS, read_index
+
+ADAPTER = "adapter"
 # Files other than weights that answers depend on.
 CONFIGURATION = (
     "config.json",
@@ -33,15 +35,8 @@ def weight_files(folder: str | Path) -> list[Path]:
         ValueError: no weights there, or an index that is none.
     """
     folder = Path(folder)
-    index = folder / INDEX
-    if index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{index}: no index of weight files ({error!r})") from error
-        files = [folder / name for name in names]
-    else:
-        files = [folder / WEIGHTS]
+    names = sorted(set(read_index(folder).values())) if (folder / INDEX).is_file() else [WEIGHTS]
+    files = [folder / name for name in names]
     files += sorted((folder / ADAPTER).glob("*.safetensors"))
     if missing := [str(file) for file in files if not file.is_file()]:
         raise ValueError(f"{folder}: no file {missing[0]}")

@@ -32,6 +32,7 @@ def write_html(
     path: str | os.PathLike[str],
     metrics: Mapping[str, Any],
     records: Sequence[Mapping[str, Any]],
+    measured: Measurements | None = None,
     *,
     settings: Mapping[str, Any] | None = None,
     baseline: Mapping[str, Any] | None = None,
@@ -47,6 +48,7 @@ def write_html(
         metrics: what `evaluate_records` returned for the records; what is read besides is as in `report.write_report`.
         records: see `evaluation.metrics`; ``image``, ``instruction`` and ``answer`` are shown where they have them. A
             picture that is not there is drawn as a grey area.
+        measured: what `measure` returned for the records, by the rules in ``metrics``; None to measure them here.
         per_gallery: most instructions a gallery shows.
 
     Returns:
@@ -58,7 +60,8 @@ def write_html(
     """
     rules = metrics.get("conventions", {})
     threshold = rules.get("score_threshold")
-    measured = measure(records, threshold, rules.get("min_area", 0))
+    if measured is None:
+        measured = measure(records, threshold, rules.get("min_area", 0))
     published = {**tables.published_of(metrics), **(published or {})}
     compared = compare_reliance(reliance) if reliance else {}
     about = about_run(metrics)

@@ -17,7 +17,7 @@ from instructsam.evaluation.average_precision import IOU_THRESHOLDS, match_ranke
 from instructsam.evaluation.concept_f1 import KEEP_SCORE, assigned_hits, unit_counts
 from instructsam.evaluation.measured import AREA_GROUPS, COUNT_GROUPS, LENGTH_GROUPS, Measured, Measurements
 from instructsam.evaluation.overlaps import overlaps
-from instructsam.evaluation.records import check_fields
+from instructsam.evaluation.records import checked
 
 __all__ = ["AREA_GROUPS", "COUNT_GROUPS", "DUPLICATE_IOU", "LENGTH_GROUPS", "Measured", "Measurements", "measure"]
 
@@ -33,10 +33,7 @@ def measure(
     Raises:
         ValueError: for no records, an id that occurs twice, or a malformed record, which is named with the reason.
     """
-    records = list(records)
-    if not records:
-        raise ValueError("no records to evaluate")
-    names = check_fields(records)
+    records, names = checked(records)
     lengths = np.array([len(record["pred_rles"]) for record in records])
     starts, total, size = np.concatenate([[0], np.cumsum(lengths)]), int(lengths.sum()), len(records)
     columns = Measurements(

@@ -82,6 +82,10 @@ class Measurements(Sequence[Measured]):
     union_R: NDArray[np.int64]
     is_empty_R: NDArray[np.bool_]
 
+    # By which rules, see `at`.
+    score_threshold: float | None = None
+    min_area: int = 0
+
     def __len__(self) -> int:
         return len(self.ids)
 
@@ -148,6 +152,8 @@ class Measurements(Sequence[Measured]):
         for name, column in vars(self).items():
             if name == "hits_TP":
                 columns[name] = column[:, at_P]
+            elif name in ("score_threshold", "min_area"):
+                columns[name] = column
             elif name != "starts":
                 columns[name] = column[at_P if name.endswith("_P") else index_R]
         return Measurements(**columns, starts=np.concatenate([[0], np.cumsum(lengths)]))
@@ -168,4 +174,6 @@ class Measurements(Sequence[Measured]):
             intersection_R=np.where(is_empty_R, 0, shared_R),
             union_R=self.truth_area_R + np.where(is_empty_R, 0, area_R - shared_R),
             is_empty_R=is_empty_R,
+            score_threshold=score_threshold,
+            min_area=min_area,
         )

@@ -72,12 +72,13 @@ CONVENTIONS: dict[str, str] = {
 
 
 def evaluate_records(
-    records: Iterable[Mapping[str, Any]], *, score_threshold: float | None = None, min_area: int = 0
+    records: Measurements | Iterable[Mapping[str, Any]], *, score_threshold: float | None = None, min_area: int = 0
 ) -> dict[str, Any]:
     """All figures of a set of records.
 
     Args:
-        records: at least one record; their order decides between equal scores in AP.
+        records: at least one record; their order decides between equal scores in AP. Or what `measure` returned for
+            them, with the rules that it was given: then the two below have no effect.
         score_threshold: keep predictions with score > this for every figure but AP, which ranks all that are listed.
             None where the records hold kept predictions only.
         min_area: a prediction whose union covers fewer pixels counts as empty (gRefCOCO's optional rule uses 50).
@@ -91,15 +92,15 @@ def evaluate_records(
     Raises:
         ValueError: for no records, an id that occurs twice, or a malformed record, which is named with the reason.
     """
-    measured = measure(records, score_threshold, min_area)
+    measured = records if isinstance(records, Measurements) else measure(records, score_threshold, min_area)
     return {
         "overall": summarise(measured),
         **summarise_groups(measured),
         "conventions": {
             **CONVENTIONS,
             "kept": "score > score_threshold; all that the records list if that is none",
-            "score_threshold": score_threshold,
-            "min_area": min_area,
+            "score_threshold": measured.score_threshold,
+            "min_area": measured.min_area,
         },
     }
 

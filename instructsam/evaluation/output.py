@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from instructsam.evaluation import bootstrap
-from instructsam.evaluation.metrics import evaluate_records
+from instructsam.evaluation.metrics import Measurements, evaluate_records, measure
 from instructsam.evaluation.report import print_table, write_report
 from instructsam.evaluation.tables import label, number, value_of
 
@@ -42,40 +42,37 @@ class Wanted:
         return cls(*(settings[key] for key in ("gallery_rows", "html", "bootstrap", "seed")))
 
 
-def figures_of(
-    records: Sequence[Record], benchmark: Mapping[str, Any], wanted: Wanted, score_threshold: float | None = None
-) -> Metrics:
-    """All figures of one benchmark's records, by its rules; ``intervals`` are of its headline figures.
+def figures_of(records: Sequence[Record], benchmark: Mapping[str, Any], wanted: Wanted) -> tuple[Metrics, Measurements]:
+    """All figures of one benchmark's records (kept predictions only), by its rules, and what they come from.
 
     Args:
-        benchmark: name, split, min_area, headline and so on, as stored in metrics.json.
-        score_threshold: None where the records hold kept predictions only.
+        benchmark: name, split, min_area, headline and so on, as stored in metrics.json. ``intervals`` are of its
+            headline figures.
     """
-    min_area = benchmark["min_area"]
-    metrics = evaluate_records(records, score_threshold=score_threshold, min_area=min_area)
+    measured = measure(records, min_area=benchmark["min_area"])  # once: masks are what takes time
+    metrics = evaluate_records(measured)
     if wanted.bootstrap:
-        metrics["intervals"] = bootstrap.intervals(
-            records,
-            [key for key in benchmark["headline"] if bootstrap.is_known(key)],
-            resamples=wanted.bootstrap,
-            seed=wanted.seed,
-            score_threshold=score_threshold,
-            min_area=min_area,
-        )
+        figures = [key for key in benchmark["headline"] if bootstrap.is_known(key)]
+        metrics["intervals"] = bootstrap.intervals(measured, figures, resamples=wanted.bootstrap, seed=wanted.seed)
         metrics["conventions"]["intervals"] = bootstrap.conventions(wanted.bootstrap, wanted.seed)
-    return metrics
+    return metrics, measured
 
 
 def write_all(
     folder: Path,
     metrics: Metrics,
     records: Sequence[Record],
+    measured: Measurements,
     wanted: Wanted,
     settings: Mapping[str, Any],
     baseline: Metrics | None = None,
     reliance: Mapping[str, Any] | None = None,
 ) -> list[str]:
-    """Write metrics.json, report.md and the files that are wanted, and print the table; returns the files' names."""
+    """Write metrics.json, report.md and the files that are wanted, and print the table; returns the files' names.
+
+    Args:
+        metrics, measured: what `figures_of` returned for the records.
+    """
     benchmark = metrics["benchmark"]
     title = " ".join(part for part in (benchmark.get("title") or benchmark["name"], benchmark.get("split")) if part)
     common: dict[str, Any] = {"settings": settings, "baseline": baseline, "reliance": reliance, "title": title}
@@ -83,7 +80,7 @@ def write_all(
     if wanted.html:
         from instructsam.evaluation.html import write_html
 
-        names.append(write_html(folder / "report.html", metrics, records, **common).name)
+        names.append(write_html(folder / "report.html", metrics, records, measured, **common).name)
     if wanted.gallery_rows:
         from instructsam.evaluation.gallery import write_gallery
 

@@ -56,10 +56,10 @@ def recompute(settings: Mapping[str, Any]) -> dict[str, Metrics]:
         conventions["minimum area"] = f"a union of fewer than {settings['min_area']} pixels counts as empty"
     benchmark["conventions"] = conventions
     wanted = Wanted.of(settings)
-    metrics = figures_of(records, benchmark, wanted)
+    metrics, measured = figures_of(records, benchmark, wanted)
     metrics |= {"benchmark": benchmark, "checkpoint": stored.get("checkpoint")}
     described = {**stored.get("settings", {}), "predictions": str(path)}
-    names = write_all(folder, metrics, records, wanted, described)
+    names = write_all(folder, metrics, records, measured, wanted, described)
     with (folder / "predictions.jsonl").open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(record) + "\n" for record in records)
     print(f"written to {folder}: {', '.join([*names, 'predictions.jsonl'])}")

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 
 
-def check_fields(records: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Check everything about records but their masks; returns the name of each for error messages.
+def checked(records: Iterable[Mapping[str, Any]]) -> tuple[list[Mapping[str, Any]], list[str]]:
+    """The records as a list, with everything but their masks checked, and the name of each for error messages.
 
     Raises:
-        ValueError: naming the record and the reason, for the first that is malformed or whose id occurs twice.
+        ValueError: for no records; naming the record and the reason, for the first that is malformed or whose id
+            occurs twice.
     """
+    records = list(records)
+    if not records:
+        raise ValueError("no records to evaluate")
     seen: set[Any] = set()
     names: list[str] = []
     for index, record in enumerate(records):
@@ -27,7 +31,7 @@ def check_fields(records: Sequence[Mapping[str, Any]]) -> list[str]:
         if record["id"] in seen:
             raise ValueError(f"{names[-1]}: occurs twice, the same instruction may be scored once only")
         seen.add(record["id"])
-    return names
+    return records, names
 
 
 # Tuples of types, since a union is made anew at every test.

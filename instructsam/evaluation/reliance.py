@@ -24,7 +24,8 @@ from instructsam.evaluation.metrics import evaluate_records
 from instructsam.evaluation.pipeline import batches
 from instructsam.evaluation.runner import EvalItem, Record, make_record
 from instructsam.masks import pairwise_iou, union
-from instructsam.predictor import Predictor, Understanding
+from instructsam.models.stages import Understanding
+from instructsam.predictor import Predictor
 
 REPLACEMENTS = ("slot_mean", "other_image", "other_instruction")
 

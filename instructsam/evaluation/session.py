@@ -5,7 +5,7 @@ One process or several (`evaluation.ranks`); everything that one needs is known 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,9 @@ from instructsam.evaluation.runner import EvalItem, run
 from instructsam.models.checkpoints import fresh_model
 from instructsam.models.decoding_rules import decoding_rule
 from instructsam.models.hub import resolve
-from instructsam.models.loading import as_dtype
 from instructsam.models.own_layout import layout_of
-from instructsam.predictor import Predictor, as_device
+from instructsam.models.placement import as_device, as_dtype, cast_parameters
+from instructsam.predictor import Predictor
 
 AUTO = ("tiny_world",)  # the benchmarks for which query_reliance=auto is on: it takes two more passes
 
@@ -38,8 +38,6 @@ def evaluate_checkpoint(settings: Mapping[str, Any]) -> dict[str, Metrics]:
     """
     if settings["threads"]:
         torch.set_num_threads(settings["threads"])
-    if missing := list(missing_keys(settings["benchmark"], "benchmark.")):
-        raise ValueError(f"not given: {', '.join(f'{key}=...' for key in missing)}")
     decoding_rule(settings["decoding"])
     as_dtype(settings["dtype"])
     device = as_device(ranks.own_device(settings["device"]))
@@ -83,15 +81,6 @@ def output_folder(settings: Mapping[str, Any]) -> Path:
     return checkpoint / "eval" if checkpoint.is_dir() else Path("outputs/eval") / "--".join(checkpoint.parts)
 
 
-def missing_keys(values: Any, prefix: str = "") -> Iterator[str]:
-    """Keys without a value (???) in a nested configuration."""
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            yield from missing_keys(value, f"{prefix}{key}.")
-        elif value == "???":
-            yield f"{prefix}{key}"
-
-
 class _Session:
     """A loaded model that one benchmark after the other is put to."""
 
@@ -105,8 +94,7 @@ class _Session:
     def _untrained(self) -> Predictor:
         model, device, dtype = self.predictor.model, self.predictor.model.device, self.predictor.model.dtype
         fresh = fresh_model(model.config, self.settings["seed"])
-        for parameter in fresh.parameters():  # not `fresh.to(dtype)`: the rotary tables stay in float32
-            parameter.data = parameter.data.to(dtype)
+        cast_parameters(fresh.parameters(), dtype)  # not `fresh.to(dtype)`: the rotary tables stay in float32
         rule, limit = self.predictor.rule, self.predictor.max_new_tokens
         return Predictor(fresh.to(device), self.predictor.processor, rule, limit)
 
@@ -126,12 +114,12 @@ class _Session:
         ):
             reliance = query_reliance(self.predictor, items, records, benchmark.keep_above, self.settings["batch_size"])
         described = self._described(benchmark)
-        metrics = figures_of(records, described, wanted)
+        metrics, measured = figures_of(records, described, wanted)
         metrics |= {"benchmark": described, "checkpoint": dict(self.identity)}
-        baseline = None if untrained_records is None else figures_of(untrained_records, described, wanted)
+        baseline = None if untrained_records is None else figures_of(untrained_records, described, wanted)[0]
         described_run = self._settings(benchmark)
         cut_off = described_run["cut_off_answers"] = sum(not record["finished"] for record in records)
-        names = write_all(folder, metrics, records, wanted, described_run, baseline, reliance)
+        names = write_all(folder, metrics, records, measured, wanted, described_run, baseline, reliance)
         if cut_off:
             limit = self.settings["max_new_tokens"]
             print(f"{cut_off} of {len(records)} answers reached max_new_tokens={limit} and may lack phrases")

@@ -17,7 +17,7 @@ from instructsam.evaluation.metrics import summarise
 THRESHOLDS = tuple(k / 20 for k in range(1, 20))
 VALIDATION_SPLITS = ("val", "validation")
 LOWER_IS_BETTER = ("count_error", "duplicate_rate")
-_DEPENDENT = ("giou", "ciou", "n_acc", "no_target_accuracy", "t_acc", "phrase_accuracy", *LOWER_IS_BETTER)
+_DEPENDENT = ("giou", "ciou", "n_acc", "no_target_accuracy", "t_acc", *LOWER_IS_BETTER)
 
 
 def sweep(

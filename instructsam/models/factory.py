@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,9 @@ from instructsam.models.configuration import InstructSAMConfig
 from instructsam.models.gradient_checkpointing import enable_gradient_checkpointing
 from instructsam.models.hub import resolve
 from instructsam.models.layouts import RELEASED
-from instructsam.models.loading import as_dtype
 from instructsam.models.lora import LoraSettings, add_lora, has_lora
 from instructsam.models.modeling import InstructSAM
+from instructsam.models.placement import as_dtype, cast_parameters
 from instructsam.processing.chat import ChatLayout
 from instructsam.processing.images import VLMImageTransform
 from instructsam.processing.preprocessor_config import PREPROCESSOR_CONFIG
@@ -87,9 +87,8 @@ def _from_nothing(settings: Mapping[str, Any], seed: int) -> tuple[InstructSAM, 
         vlm[key] = tokenizer.convert_tokens_to_ids(token)
     config = InstructSAMConfig(**values, **_attention(settings), token_ids=chat.token_ids)
     model = fresh_model(config, seed)
-    dtype = as_dtype(settings.get("dtype"))
-    for parameter in model.parameters() if dtype else ():  # buffers stay: positions are not exact in half precision
-        parameter.data = parameter.data.to(dtype)
+    if dtype := as_dtype(settings.get("dtype")):
+        cast_parameters(model.parameters(), dtype)
     return model, make_processor(config, tokenizer, settings)
 
 
@@ -149,13 +148,18 @@ def load_tokenizer(path: str | Path) -> Any:
 
 
 def make_processor(
-    config: InstructSAMConfig, tokenizer: Any, settings: Mapping[str, Any], folder: Path | None = None
+    config: InstructSAMConfig,
+    tokenizer: Any,
+    settings: Mapping[str, Any],
+    folder: Path | None = None,
+    max_visual_tokens: int | None = None,
 ) -> InstructSAMProcessor:
     """The processor that fits a model.
 
     Args:
         settings: ``vlm_image``, ``max_length``, ``mask_resize``, each optional.
         folder: where Qwen's preprocessor_config.json may lie, with normalisation and pixel limits.
+        max_visual_tokens: what a picture takes at most, whatever the pixel limits are; None = no such cap.
     """
     vision = config.vlm_config.vision_config
     image = {
@@ -165,12 +169,17 @@ def make_processor(
         **(settings.get("vlm_image") or {}),
     }
     if folder is not None and (folder / PREPROCESSOR_CONFIG).exists():
-        image = asdict(VLMImageTransform.from_preprocessor_config(folder, **image))
+        transform = VLMImageTransform.from_preprocessor_config(folder, **image)
+    else:
+        transform = VLMImageTransform(**image)
+    if max_visual_tokens is not None:
+        most = max_visual_tokens * transform.factor**2
+        transform = replace(transform, max_pixels=min(transform.max_pixels, most))
     return InstructSAMProcessor(
         tokenizer,
         config.num_queries,
         config.mask_size,
-        vlm_image=image,
+        vlm_image=transform,
         detector_image_size=config.detector_config.vision_config.backbone_config.image_size,
         max_length=settings.get("max_length") or 16384,
         mask_resize=settings.get("mask_resize") or "nearest",
@@ -203,12 +212,8 @@ def load_processor(
     else:
         tokenizer = read_tokenizer(folder)
         add_special_tokens(tokenizer, config.vlm_config.text_config.vocab_size)
-        processor = make_processor(config, tokenizer, settings, folder)
         # Qwen's own limit leaves no room for words and queries beside a large photograph.
-        most = MAX_VISUAL_TOKENS * processor.vlm_image.factor**2
-        if processor.vlm_image.max_pixels > most:
-            image = {**(settings.get("vlm_image") or {}), "max_pixels": most}
-            processor = make_processor(config, tokenizer, {**settings, "vlm_image": image}, folder)
+        processor = make_processor(config, tokenizer, settings, folder, MAX_VISUAL_TOKENS)
     wrong = {name: token for name, token in processor.chat.token_ids.items() if config.token_ids[name] != token}
     if wrong:
         raise ValueError(f"{folder}: the tokenizer's ids {wrong} are not the model's, so it belongs to another model")

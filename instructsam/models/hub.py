@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from instructsam.models.weights import INDEX, WEIGHTS, read_index
 from instructsam.processing.hub import PATTERNS, PICKLES, download_command, find_folder, is_hub_name
 
 CONFIG = "config.json"
-WEIGHTS = "model.safetensors"
-INDEX = "model.safetensors.index.json"
 LFS_HEADER = b"version https://git-lfs.github.com"
 
 
@@ -57,7 +55,7 @@ def check_model_folder(folder: Path, what: str, fix: str) -> None:
     if not (folder / CONFIG).is_file():
         raise ValueError(f"{what}: no {CONFIG} there, so this is not a model folder{_instead(folder)}; {fix}")
     if (folder / INDEX).is_file():
-        shards = _shards(folder / INDEX, what)
+        shards = sorted(set(read_index(folder, what).values()))
         if (folder / WEIGHTS).is_file() and WEIGHTS not in shards:
             raise ValueError(f"{what}: both {WEIGHTS} and {INDEX} there, of two different saves? Remove one of them")
         missing = [shard for shard in shards if not (folder / shard).is_file()]
@@ -77,21 +75,6 @@ def check_model_folder(folder: Path, what: str, fix: str) -> None:
                     f"{what}: {shard} is a pointer of Git LFS, not the weights: run `git lfs pull` in that folder; "
                     f"or delete it, and {fix}"
                 )
-
-
-def _shards(index: Path, what: str) -> list[str]:
-    """Names of the weight files in an index, sorted."""
-    try:
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{what}: {index.name} is no index of weight files ({error!r})") from error
-    if not names:
-        raise ValueError(f"{what}: {index.name} names no weight files")
-    for name in names:
-        # Names come from a file: they must not lead out of the folder, nor to pickles.
-        if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
-            raise ValueError(f"{what}: {index.name} names {name!r}, which is no safetensors file in that folder")
-    return sorted(names)
 
 
 def _no_weights(folder: Path, fix: str) -> str:

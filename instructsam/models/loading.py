@@ -19,8 +19,8 @@ from torch import Tensor
 from transformers.modeling_utils import PreTrainedModel
 
 from instructsam.models.layouts import Layout
+from instructsam.models.weights import INDEX, WEIGHTS, read_index
 
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 Model = TypeVar("Model", bound=PreTrainedModel)
 
 
@@ -90,13 +90,9 @@ class TensorFolder:
 
     def _read_index(self) -> None:
         path = self.folder / INDEX
-        try:
-            weight_map: dict[str, str] = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-            shards = sorted(set(weight_map.values()))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path}: not an index of safetensors shards ({error!r})") from None
-        for shard in shards:
-            if Path(shard).name != shard or not (self.folder / shard).is_file():
+        weight_map = read_index(self.folder)
+        for shard in sorted(set(weight_map.values())):
+            if not (self.folder / shard).is_file():
                 raise ValueError(f"{path}: names the shard {shard!r}, which is not in the folder")
             self._read_header(self.folder / shard)
         wrong = [name for name, shard in weight_map.items() if self._file_of.get(name, path).name != shard]
@@ -134,20 +130,6 @@ class TensorFolder:
                         wanted = dtype if dtype is not None and part.is_floating_point() else part.dtype
                         tensors[name] = torch.empty(part.shape, dtype=wanted).copy_(part)
         return tensors
-
-
-def as_dtype(value: str | torch.dtype | None) -> torch.dtype | None:
-    """The floating-point type of that name; None for ``auto``, which keeps what the files hold.
-
-    Raises:
-        ValueError: another name.
-    """
-    if value is None or value == "auto":
-        return None
-    dtype = value if isinstance(value, torch.dtype) else getattr(torch, str(value).removeprefix("torch."), None)
-    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise ValueError(f"dtype={value!r} is not one of auto, float32, bfloat16, float16")
-    return dtype
 
 
 def empty_model(model_class: type[Model], config: Any) -> Model:

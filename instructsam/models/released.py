@@ -22,7 +22,8 @@ from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLConfig
 from instructsam.models.configuration import InstructSAMConfig
 from instructsam.models.full_size import QWEN3_VL_2B
 from instructsam.models.layouts import RELEASED, untie_or_tie
-from instructsam.models.loading import LoadReport, Model, TensorFolder, as_dtype, empty_model, fill
+from instructsam.models.loading import LoadReport, Model, TensorFolder, empty_model, fill
+from instructsam.models.placement import as_dtype
 
 OURS = "instructsam"
 """Key of config.json under which the settings are kept that Qwen3-VL's configuration has no place for."""

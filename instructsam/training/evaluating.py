@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from instructsam.data.checks import Skips
 from instructsam.data.coco_instructions import read_coco_instructions
 from instructsam.evaluation.gallery import write_gallery
 from instructsam.evaluation.metrics import evaluate_records
@@ -26,12 +27,12 @@ def periodic_evaluation(task: Task, settings: Mapping[str, Any]) -> Callable[[in
             gallery_rows.
     """
     options, data = settings["evaluation"], settings["data"]
-    samples = read_coco_instructions(data["root"], data["val_split"], data["on_bad"])
+    samples = read_coco_instructions(data["root"], data["val_split"], Skips(data["on_bad"]))
     items = flatten(samples, options["num_instructions"])
 
     def evaluate(step: int) -> dict[str, float]:
         was_training = task.model.training
-        predictor = Predictor(task.model, task.processor, max_new_tokens=64)
+        predictor = Predictor(task.model, task.processor)
         with autocast_if_mixed(task.model):
             records = run(
                 predictor, items, threshold=options["threshold"], batch_size=options["batch_size"], progress=False

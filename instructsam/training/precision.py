@@ -13,30 +13,18 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import nn
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+from instructsam.models.placement import cast_parameters
+
 # trainer.precision → the dtype that autocast computes in
 AUTOCAST = {"bf16": "bfloat16", "fp16": "float16"}
-
-
-def dtype_of(name: str, where: str) -> torch.dtype:
-    """A dtype by its name. ValueError naming the setting for an unknown one."""
-    if name not in DTYPES:
-        raise ValueError(f"{where} must be one of {', '.join(DTYPES)}, got {name!r}")
-    return DTYPES[name]
 
 
 def cast_frozen(module: nn.Module, dtype: torch.dtype) -> int:
     """Cast the floating-point parameters that do not train, in place; returns how many elements that are.
 
-    Call it before the optimizer and DDP see the module. Buffers stay as they are: positions and frequencies are
-    small, and not exact in half precision.
+    Call it before the optimizer and DDP see the module. Buffers stay as they are.
     """
-    cast = 0
-    for parameter in module.parameters():
-        if not parameter.requires_grad and parameter.is_floating_point() and parameter.dtype != dtype:
-            parameter.data = parameter.data.to(dtype)
-            cast += parameter.numel()
-    return cast
+    return cast_parameters((parameter for parameter in module.parameters() if not parameter.requires_grad), dtype)
 
 
 def check_master_weights(module: nn.Module) -> None:

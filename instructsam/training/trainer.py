@@ -43,9 +43,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from instructsam.data.samplers import StepSampler, steps_for_epochs
+from instructsam.models.placement import as_dtype
 from instructsam.training.checkpointing import Checkpointer
 from instructsam.training.optim import OptimConfig, build_optimizer, build_schedule, learning_rates
-from instructsam.training.precision import AUTOCAST, cast_frozen, check_master_weights, dtype_of
+from instructsam.training.precision import AUTOCAST, cast_frozen, check_master_weights
 from instructsam.training.tracking import Tracking, start_dashboards, tracker_names
 
 Batch = dict[str, Any]
@@ -205,7 +206,7 @@ class Trainer:
         optimizer = build_optimizer(self.objective, self.optim_config)
         check_master_weights(self.objective)
         if config.frozen_dtype is not None:
-            cast_frozen(self.objective, dtype_of(config.frozen_dtype, "frozen_dtype"))
+            cast_frozen(self.objective, as_dtype(config.frozen_dtype, "frozen_dtype", auto=False))
         # The schedule stays outside of `prepare`, which would step it once per process.
         self.scheduler = build_schedule(optimizer, self.optim_config, self.max_steps)
         self.model, self.optimizer = self.accelerator.prepare(self.objective, optimizer)

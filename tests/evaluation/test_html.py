@@ -18,7 +18,7 @@ from PIL import Image
 from instructsam import masks
 from instructsam.evaluation import examples
 from instructsam.evaluation.html import write_html
-from instructsam.evaluation.metrics import evaluate_records
+from instructsam.evaluation.metrics import evaluate_records, measure
 from instructsam.visualization import jpeg_bytes
 
 VOID = {"meta", "img", "input", "br", "hr", "link"}
@@ -283,6 +283,13 @@ def test_a_failed_page_leaves_the_old_one(tmp_path):
         write_html(tmp_path / "report.html", evaluate_records(RECORDS), [*RECORDS, RECORDS[0]])
     assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
     assert (tmp_path / "report.html").read_bytes() == before
+
+
+def test_what_is_measured_already_gives_the_same_page(tmp_path):
+    measured = measure(RECORDS, score_threshold=0.5)
+    metrics = evaluate_records(measured)
+    here = write_html(tmp_path / "here.html", metrics, RECORDS).read_bytes()
+    assert write_html(tmp_path / "given.html", metrics, RECORDS, measured).read_bytes() == here
 
 
 def test_the_threshold_of_the_figures_is_that_of_the_page(tmp_path):

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from instructsam import masks
 from instructsam.evaluation.average_precision import IOU_THRESHOLDS, average_precision, match_predictions
-from instructsam.evaluation.metrics import CONVENTIONS, evaluate_records
+from instructsam.evaluation.metrics import CONVENTIONS, evaluate_records, measure
 
 HEIGHT, WIDTH = 10, 20
 
@@ -303,6 +303,17 @@ def test_the_threshold_leaves_average_precision_alone():
 
 
 # ---- groups -----------------------------------------------------------------------------------------------------
+
+
+def test_measured_records_bring_their_rules():
+    records = [record([strip(0, 10)], [strip(0, 10), strip(5, 9)], [0.9, 0.4]), record([], [strip(0, 4)], [0.7])]
+    measured = measure(records, score_threshold=0.5, min_area=5)
+    figures = evaluate_records(measured)
+    assert figures == evaluate_records(records, score_threshold=0.5, min_area=5)
+    rules = figures["conventions"]
+    assert (rules["score_threshold"], rules["min_area"]) == (0.5, 5)
+    assert figures["overall"]["n_acc"] == 1 != evaluate_records(measured.at(0.5))["overall"]["n_acc"]
+    assert measured[:1].score_threshold == 0.5 and measured.at(None).score_threshold is None
 
 
 def test_groups_hold_their_own_records_only():

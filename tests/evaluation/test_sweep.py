@@ -50,8 +50,9 @@ def test_one_record_of_another_split_is_enough():
 
 
 def test_what_cannot_be_swept():
-    with pytest.raises(ValueError, match="'mAP' is no figure that depends on the threshold"):
-        best_threshold(validation(), "mAP")
+    for figure in ("mAP", "phrase_accuracy"):
+        with pytest.raises(ValueError, match=f"'{figure}' is no figure that depends on the threshold"):
+            best_threshold(validation(), figure)
     with pytest.raises(ValueError, match="'n_acc' has nothing to measure"):
         best_threshold(validation()[:1], "n_acc")
     with pytest.raises(ValueError, match="thresholds must be finite"):

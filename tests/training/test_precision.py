@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from instructsam.training.precision import autocast_if_mixed, cast_frozen, check_master_weights, dtype_of
+from instructsam.training.precision import autocast_if_mixed, cast_frozen, check_master_weights
 
 
 def model() -> nn.Sequential:
@@ -57,9 +57,3 @@ def test_autocast_for_mixed_models_only():
         assert layers(torch.randn(3, 4)).isfinite().all()
     with autocast_if_mixed(layers.to(torch.bfloat16)):
         assert not torch.is_autocast_enabled("cpu")
-
-
-def test_dtype_names():
-    assert dtype_of("float16", "save_dtype") is torch.float16
-    with pytest.raises(ValueError, match="save_dtype must be one of float32, bfloat16, float16, got 'int8'"):
-        dtype_of("int8", "save_dtype")
