@@ -6,7 +6,8 @@ The trainer knows no model. It works against two things:
         def count_units(self, batch) -> dict[str, float]        # what a micro batch is averaged over; always these keys
         def forward(self, batch, counts) -> dict[str, Tensor]   # weighted loss terms: sums over units / counts[...]
 
-    dataset[(epoch, index)]  and  collate(list of items) -> dict of tensors, with "sample_ids", a list of str
+    dataset[(epoch, index)]  and  collate(list of items) -> dict of tensors, with "sample_ids", a list of str, and
+    "skipped_ids", those of bad samples that stand in the batch with nothing to learn from
 
 The counts given to `forward` are summed over the micro batches and ranks of the optimizer step before its first
 forward, so the gradient does not depend on how the global batch is split (DESIGN section 6). All randomness of a
@@ -64,7 +65,7 @@ class TrainerConfig:
     are kept in it. clip_norm 0 switches clipping off; checkpoint_every 0 saves only at the end; eval_every 0 never
     evaluates; keep_checkpoints 0 keeps all. log_every governs console, progress.jsonl and dashboards, while
     losses.jsonl has every step. resume "auto" goes on from the newest sound checkpoint in output_dir, "never" refuses a
-    directory that holds one.
+    directory that holds one. max_skipped: more samples than this left out as bad while training are an error.
     """
 
     output_dir: str
@@ -82,6 +83,7 @@ class TrainerConfig:
     eval_every: int = 0
     log_every: int = 10
     resume: str = "auto"
+    max_skipped: int | None = None
     progress_bar: bool = True
     tensorboard: bool = False
     wandb: bool = False
@@ -100,6 +102,7 @@ class TrainerConfig:
             raise ValueError(f"epochs must be a finite number > 0, got {self.epochs!r}")
         least = {"per_device_batch_size": 1, "accumulation": 1, "log_every": 1, "seed": 0}
         least |= {} if self.max_steps is None else {"max_steps": 1}
+        least |= {} if self.max_skipped is None else {"max_skipped": 0}
         least |= dict.fromkeys(["num_workers", "checkpoint_every", "keep_checkpoints", "eval_every"], 0)
         for name, minimum in least.items():
             value = getattr(self, name)
@@ -158,6 +161,7 @@ class Trainer:
         self.fingerprint = dict(fingerprint or {})
         self.group_by = None if group_by is None else np.asarray(group_by, dtype=np.float64)
         self.finished_steps = 0
+        self.skipped = 0
         self.last_record: dict[str, Any] = {}
         self.last_metrics: dict[str, Any] = {}
         self._term_names: list[str] | None = None
@@ -254,6 +258,10 @@ class Trainer:
             self.finished_steps = self.checkpointer.load(checkpoint)
             self.tracking.say(f"resuming from {checkpoint}")
         self.tracking.start(self.finished_steps)
+        skipped = [sum(r.get("skipped", 0) for r in self.tracking.losses.read()) if self.tracking.is_main else 0]
+        if self.accelerator.num_processes > 1:
+            broadcast_object_list(skipped)
+        self.skipped = skipped[0]
 
     def train(self, stop: StopSignals) -> str:
         """Steps until max_steps or a signal; returns the status."""
@@ -295,11 +303,15 @@ class Trainer:
         terms, losses = self.forward_backward(batches, counts)
         max_norm = self.config.clip_norm or math.inf
         grad_norm = self.accelerator.clip_grad_norm_(self.model.parameters(), max_norm)
-        # One reduction and one wait for the device a step: terms, a flag for trouble, a flag for stopping.
+        # One reduction and one wait for the device a step: terms, a flag for trouble, one for stopping, skipped samples.
         bad = ~torch.isfinite(losses)
-        flags = torch.stack([bad.any().float(), torch.as_tensor(float(stop_wanted), device=losses.device)])
-        total = cast(Tensor, self.accelerator.reduce(torch.cat([terms, flags.to(terms.dtype)]), reduction="sum"))
-        *values, any_bad, stop, norm = torch.cat([total, torch.as_tensor(grad_norm).reshape(1).to(total)]).tolist()
+        skipped_ids = [name for batch in batches for name in batch.get("skipped_ids", ())]
+        flags = torch.tensor([float(stop_wanted), float(len(skipped_ids))], device=losses.device)
+        total = torch.cat([terms, bad.any().reshape(1).to(terms), flags.to(terms)])
+        total = cast(Tensor, self.accelerator.reduce(total, reduction="sum"))
+        *values, any_bad, stop, skipped, norm = torch.cat(
+            [total, torch.as_tensor(grad_norm).reshape(1).to(total)]
+        ).tolist()
         if any_bad:
             self._fail("loss", [batch for batch, is_bad in zip(batches, bad.tolist(), strict=True) if is_bad])
         if not math.isfinite(norm) and self.config.precision != "fp16":  # fp16's scaler skips such a step by itself
@@ -309,7 +321,9 @@ class Trainer:
         self.optimizer.zero_grad()
         self.scheduler.step()
         self.finished_steps += 1
-        self.log(dict(zip(self._term_names or [], values, strict=True)), rates, norm)
+        self.log(dict(zip(self._term_names or [], values, strict=True)), rates, norm, int(skipped))
+        if skipped:
+            self._count_skipped(int(skipped), skipped_ids)
         return bool(stop)
 
     def seed_step(self) -> None:
@@ -352,9 +366,9 @@ class Trainer:
             totals.append(loss.detach())
         return torch.stack(sums).sum(0), torch.stack(totals)
 
-    def log(self, terms: dict[str, float], rates: dict[str, float], grad_norm: float) -> None:
+    def log(self, terms: dict[str, float], rates: dict[str, float], grad_norm: float, skipped: int) -> None:
         """Record the step just finished: terms over the global batch, the learning rates it used, the norm before
-        clipping."""
+        clipping, and how many bad samples it left out, if any."""
         self.last_record = {
             "step": self.finished_steps,
             "loss": math.fsum(terms.values()),
@@ -362,6 +376,8 @@ class Trainer:
             "lr": rates,
             "grad_norm": grad_norm,
         }
+        if skipped:
+            self.last_record["skipped"] = skipped
         samples = self.sampler.global_batch_size
         self.tracking.record_step(self.last_record, samples, self.sampler.epoch_of(self.finished_steps))
 
@@ -401,6 +417,17 @@ class Trainer:
         """Checkpoint after the finished steps, with the records it relies on safely on disk."""
         self.tracking.sync()
         return self.checkpointer.save(self.finished_steps)
+
+    def _count_skipped(self, skipped: int, ids_here: list[str]) -> None:
+        """Count bad samples of all ranks; called on every rank, so that all stop together where the limit is passed."""
+        self.skipped += skipped
+        limit = self.config.max_skipped
+        if limit is not None and self.skipped > limit:
+            ids = gather_object([str(name) for name in ids_here])
+            raise RuntimeError(
+                f"{self.skipped} bad samples by step {self.finished_steps}, more than trainer.max_skipped={limit}; "
+                f"in this step: {', '.join(ids)}"
+            )
 
     def _summary(self, status: str) -> dict[str, Any]:
         return {

@@ -19,11 +19,17 @@ class ToyDataset(torch.utils.data.Dataset):
     """Points on a noisy plane; the noise comes from (epoch, index) alone. Every third sample has `rare` units."""
 
     def __init__(
-        self, length: int = 10, bad_index: int | None = None, rare: bool = True, fail_index: int | None = None
+        self,
+        length: int = 10,
+        bad_index: int | None = None,
+        rare: bool = True,
+        fail_index: int | None = None,
+        skip_index: int | None = None,
     ) -> None:
         self.length = length
         self.bad_index = bad_index
         self.fail_index = fail_index
+        self.skip_index = skip_index
         self.rare = rare
 
     def __len__(self) -> int:
@@ -38,12 +44,14 @@ class ToyDataset(torch.utils.data.Dataset):
         y = x.sum() + 0.1 * noise
         if index == self.bad_index:
             y = y * float("nan")
-        return {"id": f"toy-{index}", "x": x, "y": y, "rare": float(self.rare and index % 3 == 0)}
+        rare = float(self.rare and index % 3 == 0)
+        return {"id": f"toy-{index}", "x": x, "y": y, "rare": rare, "skipped": index == self.skip_index}
 
 
 def collate(items: list[dict]) -> dict:
     return {
         "sample_ids": [item["id"] for item in items],
+        "skipped_ids": [item["id"] for item in items if item["skipped"]],
         "x": torch.stack([item["x"] for item in items]),
         "y": torch.stack([item["y"] for item in items]),
         "rare": torch.tensor([item["rare"] for item in items]),
@@ -113,6 +121,7 @@ def main() -> None:
     parser.add_argument("--settings", type=json.loads, default={})
     parser.add_argument("--bad-index", type=int)
     parser.add_argument("--fail-index", type=int, help="this sample cannot be read")
+    parser.add_argument("--skip-index", type=int, help="this sample counts as skipped")
     parser.add_argument("--fail-at", type=int, help="the objective fails in this step")
     parser.add_argument("--die-by", help="NAME:STEP:RANK, sent to itself in that step")
     arguments = parser.parse_args()
@@ -125,7 +134,8 @@ def main() -> None:
             if step == int(when) and os.environ.get("RANK", "0") == rank:
                 os.kill(os.getpid(), getattr(signal, name))
 
-    dataset = ToyDataset(bad_index=arguments.bad_index, fail_index=arguments.fail_index)
+    places = {name: getattr(arguments, name) for name in ("bad_index", "fail_index", "skip_index")}
+    dataset = ToyDataset(**places)
     trainer = toy_trainer(arguments.output_dir, dataset=dataset, at_step=at_step, **arguments.settings)
     result = trainer.run()
     print(f"rank {os.environ.get('RANK', '0')} result {json.dumps(result)}")

@@ -402,6 +402,34 @@ def test_non_finite_gradient_is_an_error(tmp_path):
     assert all(torch.isfinite(p).all() for p in trainer.objective.parameters())
 
 
+def test_skipped_samples_are_counted_over_the_whole_run_up_to_a_limit(tmp_path):
+    """Sample 3 of 10 comes once in 10; the count goes on where an earlier part of the run ended."""
+    dataset = toy.ToyDataset(skip_index=3)
+    assert toy.toy_trainer(tmp_path / "free", dataset=dataset).run()["status"] == "complete"
+    skipped = [record.get("skipped", 0) for record in losses_of(tmp_path / "free")]
+    assert sum(skipped[:5]) == 2 and sum(skipped) in (3, 4)
+    seen = [step for step, count in enumerate(skipped, start=1) if count]
+
+    def stop(step):
+        if step == seen[1]:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        toy.toy_trainer(tmp_path / "two", dataset=dataset, at_step=stop, checkpoint_every=1, max_skipped=1).run()
+    message = rf"^2 bad samples by step {seen[1]}, more than trainer.max_skipped=1; in this step: toy-3$"
+    with pytest.raises(RuntimeError, match=message):
+        toy.toy_trainer(tmp_path / "two", dataset=dataset, checkpoint_every=1, max_skipped=1).run()
+
+
+@pytest.mark.multiprocess
+@pytest.mark.slow
+def test_skipped_samples_on_one_of_two_processes_stop_both_at_the_limit(tmp_path):
+    settings = json.dumps({"per_device_batch_size": 2, "max_skipped": 0})
+    result = run_script(str(tmp_path), "--settings", settings, "--skip-index", "3", processes=2)
+    assert result.returncode != 0
+    assert result.stderr.count("more than trainer.max_skipped=0; in this step: toy-3") >= 2
+
+
 @pytest.mark.parametrize(
     "setting",
     [
@@ -422,6 +450,7 @@ def test_non_finite_gradient_is_an_error(tmp_path):
         {"seed": -1},
         {"num_workers": -1},
         {"log_every": 0},
+        {"max_skipped": -1},
         {"resume": "maybe"},
         {"output_dir": " "},
     ],
