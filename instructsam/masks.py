@@ -432,10 +432,9 @@ def polygons_to_rle(polygons: Any, height: int, width: int, what: str = "polygon
 
 
 def _check_polygon(polygon: Any, height: int, width: int, name: str) -> list[float]:
-    try:
-        points = np.asarray(polygon, dtype=np.float64)
-    except (TypeError, ValueError):
-        raise DataError(f"{name}: expected a list of numbers, got {_short(polygon)}", "polygon form") from None
+    points = _numbers(polygon)
+    if points is None:
+        raise DataError(f"{name}: expected a list of numbers, got {_short(polygon)}", "polygon form")
     if points.ndim == 1 and points.size % 2 == 0:
         points = points.reshape(-1, 2)
     if points.ndim != 2 or points.shape[1] != 2:
@@ -469,11 +468,8 @@ def box_to_rle(box: ArrayLike, height: int, width: int, what: str = "box") -> RL
         ValueError: for NaN or infinite coordinates, x2 <= x1, y2 <= y1, or a box outside the image.
     """
     _check_size(height, width)
-    try:
-        edges = np.asarray(box, dtype=np.float64)
-    except (TypeError, ValueError):
-        edges = np.empty(0)
-    if edges.shape != (4,):
+    edges = _numbers(box)
+    if edges is None or edges.shape != (4,):
         raise DataError(f"{what}: expected four numbers [x1, y1, x2, y2], got {_short(box)}", "box form")
     if not np.isfinite(edges).all():
         raise DataError(f"{what}: holds a coordinate that is NaN or infinite", "box nan")
@@ -516,6 +512,15 @@ def segmentation_to_rle(segmentation: Any, height: int, width: int, what: str = 
     if isinstance(segmentation, Mapping):
         return check_rle(segmentation, height, width, what)
     return polygons_to_rle(segmentation, height, width, what)
+
+
+def _numbers(values: Any) -> NDArray[np.float64] | None:
+    """Nested lists of numbers as an array; None for anything else: text, ragged lists, integers beyond 64 bits."""
+    try:
+        array = np.asarray(values)
+    except (TypeError, ValueError):
+        return None
+    return array.astype(np.float64) if array.dtype.kind in "iuf" else None
 
 
 def _short(value: Any) -> str:

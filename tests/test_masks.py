@@ -308,6 +308,9 @@ def test_any_admitted_polygon_becomes_a_canonical_code(size, points):
         ([[1, 1, 5, 1, 5, float("nan")]], "NaN"),
         ([[1, 1, 5, 1, 5, float("inf")]], "NaN or infinite"),
         ([["a", 1, 5, 1, 5, 5]], "polygons[0]: expected a list of numbers"),
+        ([["1", "1", "5", "1", "5", "5"]], "polygons[0]: expected a list of numbers"),
+        ([[1, 1, 5, 1, 5, 10**400]], "polygons[0]: expected a list of numbers"),
+        ([[True, False, True, True, False, True]], "polygons[0]: expected a list of numbers"),
         ([[20, 1, 25, 1, 25, 5]], "lies outside the image"),
         ([[1, -9, 5, -9, 5, -2]], "lies outside the image"),
         ([[1, 1, 5e6, 1, 5, 5]], "far beyond the image"),
@@ -359,6 +362,8 @@ def test_fractional_boxes_hold_the_pixels_whose_centres_they_hold(size, data):
     [
         ([1, 1, 5], "expected four numbers"),
         ("abcd", "expected four numbers"),
+        (["1", "1", "4", "5"], "expected four numbers"),
+        ([1, 1, 4, 10**400], "expected four numbers"),
         ([1, 1, float("nan"), 5], "NaN"),
         ([5, 1, 1, 5], "has no extent"),
         ([1, 5, 4, 5], "has no extent"),

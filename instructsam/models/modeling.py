@@ -220,17 +220,29 @@ class InstructSAM(PreTrainedModel):
     def embed(
         self, input_ids: Tensor, pixel_values: Tensor | None, image_grid_thw: Tensor | None
     ) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """Token embeddings (B, L, C) with image features and query bank in place, image mask (B, L), deepstack maps."""
+        """Token embeddings (B, L, C) with image features and query bank in place, image mask (B, L), deepstack maps.
+
+        Without any picture (`pixel_values` of length 0) the vision tower runs on a blank one whose features are cut
+        away, so that its parameters have gradients, which are zero: DDP waits for them. With None it does not run.
+        """
         embeddings = self.look_up(input_ids)
         is_image = input_ids == self.config.vlm_config.image_token_id
         deepstack: list[Tensor] = []
         if pixel_values is not None:
+            no_picture = not len(pixel_values)
+            if no_picture:
+                assert image_grid_thw is not None
+                merge = self.config.vlm_config.vision_config.spatial_merge_size
+                pixel_values = pixel_values.new_zeros(merge**2, pixel_values.shape[1])
+                image_grid_thw = image_grid_thw.new_tensor([[1, merge, merge]])
             vision = self.vlm.get_image_features(pixel_values, image_grid_thw)
             features = torch.cat(tuple(vision.pooler_output))
+            deepstack = [f if isinstance(f, Tensor) else torch.cat(tuple(f)) for f in vision.deepstack_features]
+            if no_picture:
+                features, deepstack = features[:0], [f[:0] for f in deepstack]
             if len(features) != int(is_image.sum()):
                 raise ValueError(f"{int(is_image.sum())} image tokens for {len(features)} image features")
             embeddings = embeddings.masked_scatter(is_image[..., None], features.to(embeddings.dtype))
-            deepstack = [f if isinstance(f, Tensor) else torch.cat(tuple(f)) for f in vision.deepstack_features]
         embeddings = self.query_bank(embeddings, input_ids == self.config.token_ids["seg"])
         return embeddings, is_image, deepstack
 
@@ -325,24 +337,39 @@ class InstructSAM(PreTrainedModel):
         Args:
             input_ids: (B, L) int64, chat with query blocks (see `processing.chat`).
             attention_mask: (B, L) bool, False = padding.
-            pixel_values, image_grid_thw: the VLM's patches and grids, one image a row.
-            detector_pixel_values: (B, 3, S, S).
+            pixel_values, image_grid_thw: the VLM's patches and grids, one image for every row with image tokens, in
+                the order of rows; length 0 if there is none.
+            detector_pixel_values: (images, 3, S, S) of the same images.
             position_ids: (3, B, L); computed if not given.
             turn_ids: (B, L) int64 for independent turns (see `TokenLayout.turn`).
             with_aux: detections of the earlier decoder layers too.
             output_hidden_states: hidden states of every layer of the language model too.
 
         Raises:
-            ValueError: broken query blocks, image tokens that do not fit the image.
+            ValueError: broken query blocks, image tokens that do not fit the images, a phrase in a row without image.
         """
-        features = self.detector.encode_image(detector_pixel_values)
+        images = detector_pixel_values
+        # Without any image a blank one stands in, for the same reason as in `embed`; no phrase can belong to it.
+        features = self.detector.encode_image(images if len(images) else images.new_zeros(1, *images.shape[1:]))
         language = self.run_language_model(
             input_ids, attention_mask, pixel_values, image_grid_thw, position_ids, turn_ids, output_hidden_states
         )
         bridge = self.bridge(input_ids, language)
+        if len(images) != len(input_ids):
+            bridge.phrase_image_P = self._image_of_phrases(input_ids, language.phrases, len(images))
         if len(language.phrases):
             return InstructSAMOutput(language, bridge, self.detect(features, bridge, with_aux))
         return InstructSAMOutput(language, bridge, self._no_detections(features, language, with_aux))
+
+    def _image_of_phrases(self, input_ids: Tensor, phrases: PhraseIndex, num_images: int) -> Tensor:
+        """The image of each phrase (P,) where only some rows have one: image k is that of the k-th row with any."""
+        has_image_B = (input_ids == self.config.vlm_config.image_token_id).any(-1)
+        if int(has_image_B.sum()) != num_images:
+            raise ValueError(f"{int(has_image_B.sum())} rows with image tokens for {num_images} images of the detector")
+        if not bool(has_image_B[phrases.row].all()):
+            bad = int(phrases.row[~has_image_B[phrases.row]][0])
+            raise ValueError(f"batch row {bad}: a phrase in a conversation about no image")
+        return (has_image_B.cumsum(0) - 1)[phrases.row]
 
     def _no_detections(self, features: ImageFeatures, language: LanguageOutput, with_aux: bool) -> DetectorOutput:
         """Detections of zero phrases that are still connected to every trainable parameter.

@@ -4,8 +4,10 @@
     <|im_start|>assistant\\n
     <|object_ref_start|>PHRASE<|object_ref_end|><|mask_start|>[SEG]×N<|mask_end|>, …<|im_end|>\\n
 
-(without the breaks of these lines). Pieces are tokenised one by one; since a special token stands on either side of
-each, the ids are those of the whole text.
+(without the breaks of these lines). An answer may have text of its own before, between and after its phrases, or be
+nothing but text; a conversation about no picture lacks <|vision_start|> … <|vision_end|>. Pieces are tokenised one by
+one; since a special token or a header's line break stands on either side of each, the ids are those of the whole text
+(unless an answer begins with a line break: its header must not depend on it, as an answer is written after it).
 """
 
 from __future__ import annotations
@@ -13,14 +15,41 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
+from instructsam.errors import DataError
 from instructsam.processing.special_tokens import QWEN_IDS, special_token_ids
+from instructsam.structures import Turn
 
 IGNORED = -100
+CACHED_TEXT = 128
+"""Texts up to this many characters come up again and again, longer ones would fill the memory of every worker."""
+
+
+class ChatTurn(NamedTuple):
+    """What the layout needs of a turn.
+
+    Attributes:
+        instruction: the user's words.
+        phrases: of the answer; None (last turn only) leaves the answer to be written.
+        pieces: text before, between and after the phrases, one more than there are, as `structures.Turn.answer` has
+            it; empty = the phrases joined by ", ".
+    """
+
+    instruction: str
+    phrases: Sequence[str] | None
+    pieces: Sequence[str] = ()
+
+    @classmethod
+    def of(cls, turn: Turn) -> ChatTurn:
+        """The turn as it stands, its instruction in particular."""
+        return cls(turn.instruction, [phrase.text for phrase in turn.phrases], turn.answer)
+
+
+Turns: TypeAlias = "Sequence[ChatTurn | tuple[str, Sequence[str] | None]]"
 
 
 @dataclass
@@ -56,7 +85,7 @@ class ChatLayout:
         # A word-level tokenizer's <unk> may be written; where one of ours doubles as unknown token, it may not.
         self._reserved = [token for token in added if token != tokenizer.unk_token or token in QWEN_IDS]
         self._markup = lru_cache(maxsize=None)(self._tokenise)
-        self._text = lru_cache(maxsize=65536)(self._tokenise_user_text)
+        self._known_text = lru_cache(maxsize=65536)(self._tokenise_user_text)
 
     def _tokenise(self, text: str) -> tuple[int, ...]:
         return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
@@ -64,14 +93,24 @@ class ChatLayout:
     def _tokenise_user_text(self, text: str) -> tuple[int, ...]:
         for token in self._reserved:
             if token in text:
-                raise ValueError(f"text {text!r} contains the reserved token {token!r}")
-        ids = self._tokenise(text.strip())
+                raise DataError(f"text {text[:80]!r} contains the reserved token {token!r}", "text")
+        return self._tokenise(text)
+
+    def _piece(self, text: str) -> tuple[int, ...]:
+        """Ids of text exactly as it stands, blanks at its ends included."""
+        return self._known_text(text) if len(text) <= CACHED_TEXT else self._tokenise_user_text(text)
+
+    def _text(self, text: str) -> tuple[int, ...]:
+        """Ids of an instruction or phrase without blanks around it."""
+        ids = self._piece(text.strip())
         if not ids:
-            raise ValueError(f"text {text!r} is empty")
+            raise DataError(f"text {text!r} is empty", "text")
         return ids
 
-    def image_prefix(self, num_image_tokens: int) -> list[int]:
-        """The opening of the first user turn, up to the end of the image."""
+    def prefix(self, num_image_tokens: int | None) -> list[int]:
+        """The opening of the first user turn, up to the end of the image if there is one (None: no image)."""
+        if num_image_tokens is None:
+            return list(self._markup("<|im_start|>user\n"))
         start = self._markup("<|im_start|>user\n<|vision_start|>")
         return [*start, *[self.image_token_id] * num_image_tokens, *self._markup("<|vision_end|>")]
 
@@ -79,45 +118,48 @@ class ChatLayout:
         """The instruction and the assistant's header."""
         return [*self._text(instruction), *self._markup("<|im_end|>\n<|im_start|>assistant\n")]
 
-    def answer(self, phrases: Sequence[str]) -> list[int]:
-        """Phrases with their query blocks, without the end of turn."""
-        ids: list[int] = []
+    def answer(self, phrases: Sequence[str], pieces: Sequence[str] = ()) -> list[int]:
+        """Phrases with their query blocks and the `pieces` of text around them (see `ChatTurn`), without end of turn.
+
+        Raises:
+            DataError: an empty phrase, reserved tokens in the text.
+        """
+        before, *after = pieces or ["", *[", "] * (len(phrases) - 1), ""][: len(phrases) + 1]
+        assert len(after) == len(phrases), f"{len(phrases)} phrases with {len(pieces)} pieces of text"
         block = [self.token_ids["mask_start"], *[self.token_ids["seg"]] * self.num_queries, self.token_ids["mask_end"]]
-        for k, phrase in enumerate(phrases):
-            if k:
-                ids.extend(self._markup(", "))
-            ids.extend([self.token_ids["ref_start"], *self._text(phrase), self.token_ids["ref_end"], *block])
+        ids = [*self._piece(before)]
+        for phrase, piece in zip(phrases, after, strict=True):
+            ids += [self.token_ids["ref_start"], *self._text(phrase), self.token_ids["ref_end"], *block]
+            ids += self._piece(piece)
         return ids
 
-    def encode(
-        self,
-        num_image_tokens: int,
-        turns: Sequence[tuple[str, Sequence[str] | None]],
-        independent_turns: bool = False,
-    ) -> EncodedChat:
-        """Encode an image's conversation.
+    def encode(self, num_image_tokens: int | None, turns: Turns, independent_turns: bool = False) -> EncodedChat:
+        """Encode an image's conversation, or one about no image.
 
         Args:
-            num_image_tokens: positions that the image takes.
-            turns: (instruction, phrases of the answer); phrases None (last turn only) leaves the answer to be written.
+            num_image_tokens: positions that the image takes; None = there is no image.
+            turns: `ChatTurn`s or tuples like them. No turns: an opened user turn, with nothing to learn from.
             independent_turns: every turn sees the image and itself only; each then looks exactly like a first turn.
 
         Raises:
-            ValueError: an empty instruction or phrase, reserved tokens in it, an answer without a phrase.
+            DataError: an empty instruction or phrase, reserved tokens in any text, an answer without phrase or text.
         """
-        ids = self.image_prefix(num_image_tokens)
+        ids = self.prefix(num_image_tokens)
         labels = [IGNORED] * len(ids)
         turn_ids = [0] * len(ids)
-        for k, (instruction, phrases) in enumerate(turns):
-            reopen = [] if k == 0 or independent_turns else [*self._markup("<|im_start|>user\n")]
+        for k, turn in enumerate(turns):
+            instruction, phrases, pieces = ChatTurn(*turn)
+            reopen = [] if k == 0 or independent_turns else self.prefix(None)
             question = reopen + self.question(instruction)
             answer, tail = [], []
             if phrases is None:
                 assert k == len(turns) - 1, "only the last answer can be open"
             else:
-                if not phrases:
-                    raise ValueError(f"instruction {instruction!r}: an answer needs at least one phrase")
-                answer = [*self.answer(phrases), self.token_ids["eos"]]
+                if not phrases and not "".join(pieces).strip():
+                    raise DataError(
+                        f"instruction {instruction[:80]!r}: an answer needs at least one phrase, or text", "text"
+                    )
+                answer = [*self.answer(phrases, pieces), self.token_ids["eos"]]
                 tail = list(self._markup("\n"))
             ids += question + answer + tail
             labels += [IGNORED] * len(question) + answer + [IGNORED] * len(tail)

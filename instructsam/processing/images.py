@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 
+from instructsam.errors import DataError
 from instructsam.processing.preprocessor_config import config_of, read_preprocessor_config, settings_of
 
 ImageSource: TypeAlias = "str | os.PathLike[str] | Image.Image"
@@ -39,23 +40,26 @@ def load_image(source: ImageSource) -> Image.Image:
     frame is taken. A Pillow image that is passed in is left as it was.
 
     Raises:
-        ValueError: naming the file and the reason, if it is missing, truncated, or no image that can be shown as RGB.
+        DataError: naming the file and the reason: "image missing", or "image broken" if it is truncated or nothing that
+            can be shown as RGB.
     """
     if isinstance(source, Image.Image):
         name = f"image in memory (mode {source.mode}, {source.width}x{source.height})"
     else:
         name = os.fspath(source)
         if not os.path.isfile(name):
-            raise ValueError(f"{name}: no such image file")
+            raise DataError(f"{name}: no such image file", "image missing")
     try:
         if isinstance(source, Image.Image):
             return _upright_rgb(source)
         with Image.open(name) as image:
             return _upright_rgb(image)
     except Image.UnidentifiedImageError:
-        raise ValueError(f"{name}: not an image, broken at its start, or of a format Pillow does not know") from None
+        message = f"{name}: not an image, broken at its start, or of a format Pillow does not know"
+        raise DataError(message, "image broken") from None
     except _READ_ERRORS as error:
-        raise ValueError(f"{name}: cannot be read as a picture, broken or truncated? ({error})") from error
+        message = f"{name}: cannot be read as a picture, broken or truncated? ({error})"
+        raise DataError(message, "image broken") from error
 
 
 def _upright_rgb(image: Image.Image) -> Image.Image:

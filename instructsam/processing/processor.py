@@ -14,9 +14,10 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from instructsam.errors import DataError, at
 from instructsam.masks import encode_batch
-from instructsam.processing.chat import IGNORED, ChatLayout, EncodedChat
-from instructsam.processing.images import DetectorImageTransform, VLMImageTransform, load_image
+from instructsam.processing.chat import IGNORED, ChatLayout, ChatTurn, EncodedChat, Turns
+from instructsam.processing.images import DetectorImageTransform, ImageSource, VLMImageTransform, load_image
 from instructsam.processing.pretrained import PretrainedProcessor
 from instructsam.processing.targets import MASK_RESIZES, collate_targets, phrase_targets
 from instructsam.structures import Instance, Sample
@@ -70,7 +71,9 @@ class InstructSAMProcessor(PretrainedProcessor):
 
     def encode_image(self, image: Any) -> dict[str, Any]:
         """Both towers' views of one picture (path or PIL image), and its own size."""
-        picture: Image.Image = load_image(image)
+        return self._views(load_image(image))
+
+    def _views(self, picture: Image.Image) -> dict[str, Any]:
         pixel_values, grid_thw = self.vlm_image(picture)
         return {
             "pixel_values": pixel_values,
@@ -80,84 +83,134 @@ class InstructSAMProcessor(PretrainedProcessor):
         }
 
     def encode_chat(
-        self,
-        grid_thw: Tensor,
-        turns: Sequence[tuple[str, Sequence[str] | None]],
-        independent_turns: bool = False,
-        where: str = "",
+        self, grid_thw: Tensor | None, turns: Turns, independent_turns: bool = False, where: str = ""
     ) -> EncodedChat:
-        """Tokens of a conversation about an image of that grid; `where` names the sample in errors.
+        """Tokens of a conversation about an image of that grid (None: about no image); `where` names it in errors.
 
         Raises:
-            ValueError: see `ChatLayout.encode`; a sequence beyond ``max_length``.
+            DataError: see `ChatLayout.encode`; a sequence beyond ``max_length``.
         """
-        num_image_tokens = int(grid_thw.prod()) // self.vlm_image.merge_size**2
+        num_image_tokens = None if grid_thw is None else int(grid_thw.prod()) // self.vlm_image.merge_size**2
         try:
             encoded = self.chat.encode(num_image_tokens, turns, independent_turns)
-        except ValueError as error:
-            raise ValueError(f"{where}: {error}" if where else str(error)) from error
+        except DataError as error:
+            if not where:
+                raise
+            raise at(where, error) from error
         if len(encoded.input_ids) > self.max_length:
-            phrases = sum(len(p or ()) for _, p in turns)
-            raise ValueError(
+            phrases = sum(len(ChatTurn(*turn).phrases or ()) for turn in turns)
+            raise DataError(
                 f"{where or 'input'}: {len(encoded.input_ids)} tokens ({phrases} phrases with {self.num_queries} "
-                f"queries, {num_image_tokens} image tokens) do not fit max_length={self.max_length}"
+                f"queries, {num_image_tokens or 0} image tokens) do not fit max_length={self.max_length}",
+                "too long",
             )
         return encoded
 
-    def encode_sample(self, sample: Sample, independent_turns: bool = False) -> dict[str, Any]:
-        """A training item: image, conversation with answers, targets of all phrases in order.
+    def encode_sample(
+        self, sample: Sample, independent_turns: bool = False, image: Image.Image | None = None
+    ) -> dict[str, Any]:
+        """A training item: image (if the sample has one), conversation with answers, targets of all phrases in order.
+
+        Args:
+            sample: its turns' instructions stand as they are to be asked.
+            independent_turns: see `ChatLayout.encode`.
+            image: the sample's picture, where it is loaded already (and changed, perhaps); of the sample's size.
 
         Raises:
-            ValueError: a phrase with more instances than queries, and everything the other encoders raise.
+            DataError: whatever is wrong with the record, under its kind; every message names the sample.
         """
-        item = self.encode_image(sample.image)
-        if item["size"] != (sample.height, sample.width):
-            raise ValueError(
-                f"sample {sample.id}: {sample.image} has height and width {item['size']}, the annotations say "
-                f"{(sample.height, sample.width)} (EXIF orientation counts)"
-            )
-        turns = [(turn.instruction, [phrase.text for phrase in turn.phrases]) for turn in sample.turns]
-        chat = self.encode_chat(item["image_grid_thw"], turns, independent_turns, where=f"sample {sample.id}")
-        item.update(input_ids=chat.input_ids, labels=chat.labels, sample_id=sample.id)
-        if independent_turns:
-            item["turn_ids"] = chat.turn_ids
+        where = f"sample {sample.id}"
         phrases = [phrase for turn in sample.turns for phrase in turn.phrases]
         for phrase in phrases:
             if len(phrase.rles) > self.num_queries:
-                raise ValueError(
-                    f"sample {sample.id}: phrase {phrase.text!r} has {len(phrase.rles)} instances, more than the "
-                    f"{self.num_queries} queries of a phrase"
+                raise DataError(
+                    f"{where}: phrase {phrase.text!r} has {len(phrase.rles)} instances, more than the "
+                    f"{self.num_queries} queries of a phrase",
+                    "too many instances",
                 )
+        item: dict[str, Any] = {"sample_id": sample.id}
+        if sample.image is not None:
+            item |= self._encode_picture(sample, sample.image if image is None else image)
+        else:
+            assert image is None, f"{where}: a picture is given to a conversation about none"
+            if phrases:
+                raise DataError(f"{where}: phrase {phrases[0].text!r} needs a picture to be found in", "image missing")
+        turns = [ChatTurn.of(turn) for turn in sample.turns]
+        chat = self.encode_chat(item.get("image_grid_thw"), turns, independent_turns, where)
+        item |= {"input_ids": chat.input_ids, "labels": chat.labels}
+        if independent_turns:
+            item["turn_ids"] = chat.turn_ids
         item["targets"] = [phrase_targets(phrase, self.mask_size, self.mask_resize) for phrase in phrases]
         item["box_only"] = [phrase.box_only for phrase in phrases]
         return item
 
+    def _encode_picture(self, sample: Sample, source: ImageSource) -> dict[str, Any]:
+        """`encode_image` of the sample's picture, which must be as large as the sample says."""
+        where = f"sample {sample.id}"
+        try:
+            picture = load_image(source)
+            if (picture.height, picture.width) != (sample.height, sample.width):
+                raise DataError(
+                    f"{sample.image} has height and width {(picture.height, picture.width)}, the annotations say "
+                    f"{(sample.height, sample.width)} (EXIF orientation counts)",
+                    "image size",
+                )
+            return self._views(picture)
+        except ValueError as error:  # the transforms' too: a picture too thin to be shown
+            raise at(where, error) from error
+
+    def neutral_item(self, sample_id: str) -> dict[str, Any]:
+        """What takes the place of a training item that cannot be read: tokens without a picture and without labels.
+
+        It adds nothing to any loss or count, and leaves batch sizes and the order of all other items as they were.
+        `collate` lists its id under ``skipped_ids``.
+        """
+        chat = self.chat.encode(None, [])
+        item = {"input_ids": chat.input_ids, "labels": chat.labels, "targets": [], "box_only": []}
+        return {**item, "sample_id": sample_id, "skipped": True}
+
     def collate(self, items: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """Pad a list of items (with or without labels and targets) to a batch, padding on the right."""
+        """Pad a list of items to a batch, padding on the right.
+
+        Items are all for training (from `encode_sample` and `neutral_item`) or none has labels and targets. Pictures
+        are those of the rows that have one, in the order of rows; tensors of length 0 where no row has any.
+        """
         length = max(len(item["input_ids"]) for item in items)
 
-        def pad(key: str, value: int) -> Tensor:
-            rows = [F.pad(item[key], (0, length - len(item[key])), value=value) for item in items]
-            return torch.stack(rows)
+        def pad(values: Sequence[Tensor], value: int) -> Tensor:
+            return torch.stack([F.pad(row, (0, length - len(row)), value=value) for row in values])
 
-        lengths = torch.tensor([len(item["input_ids"]) for item in items])
+        input_ids = [item["input_ids"] for item in items]
         batch: dict[str, Any] = {
-            "input_ids": pad("input_ids", self.chat.token_ids["pad"]),
-            "attention_mask": torch.arange(length) < lengths[:, None],
-            "pixel_values": torch.cat([item["pixel_values"] for item in items]),
-            "image_grid_thw": torch.stack([item["image_grid_thw"] for item in items]),
-            "detector_pixel_values": torch.stack([item["detector_pixel_values"] for item in items]),
+            "input_ids": pad(input_ids, self.chat.token_ids["pad"]),
+            "attention_mask": torch.arange(length) < torch.tensor([len(row) for row in input_ids])[:, None],
+            **self._collate_pictures([item for item in items if "pixel_values" in item]),
             "sample_ids": [item.get("sample_id", str(k)) for k, item in enumerate(items)],
         }
-        if "labels" in items[0]:
-            batch["labels"] = pad("labels", IGNORED)
-        if "turn_ids" in items[0]:
-            batch["turn_ids"] = pad("turn_ids", 0)
+        if any("turn_ids" in item for item in items):
+            # Turn 0 is seen by all that follows and shifts no position: an ordinary conversation is nothing else.
+            batch["turn_ids"] = pad([item.get("turn_ids", torch.zeros_like(item["input_ids"])) for item in items], 0)
         if "targets" in items[0]:
+            batch["labels"] = pad([item["labels"] for item in items], IGNORED)
+            batch["skipped_ids"] = [item["sample_id"] for item in items if item.get("skipped")]
             targets = [target for item in items for target in item["targets"]]
             box_only = [flag for item in items for flag in item["box_only"]]
             batch.update(collate_targets(targets, box_only, self.mask_size))
         return batch
+
+    def _collate_pictures(self, items: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+        if not items:
+            vlm, side = self.vlm_image, self.detector_image.size
+            return {
+                "pixel_values": torch.zeros(0, 3 * vlm.temporal_patch_size * vlm.patch_size**2),
+                "image_grid_thw": torch.zeros(0, 3, dtype=torch.long),
+                "detector_pixel_values": torch.zeros(0, 3, side, side),
+            }
+        return {
+            "pixel_values": torch.cat([item["pixel_values"] for item in items]),
+            "image_grid_thw": torch.stack([item["image_grid_thw"] for item in items]),
+            "detector_pixel_values": torch.stack([item["detector_pixel_values"] for item in items]),
+        }
 
     # ---- outputs -------------------------------------------------------------------------------------------------
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
 
+from instructsam.errors import DataError
 from instructsam.processing.images import DetectorImageTransform, VLMImageTransform, load_image
 
 ORIENTATION = 0x0112
@@ -100,16 +101,18 @@ class TestLoadImage:
         assert grey.mode == "L"
 
     def test_missing_file(self, tmp_path: Path):
-        with pytest.raises(ValueError, match=r"nowhere\.png: no such image file"):
+        with pytest.raises(DataError, match=r"nowhere\.png: no such image file") as error:
             load_image(tmp_path / "nowhere.png")
+        assert error.value.kind == "image missing"
         with pytest.raises(ValueError, match="no such image file"):
             load_image(tmp_path)
 
     def test_not_an_image(self, tmp_path: Path):
         path = tmp_path / "notes.png"
         path.write_text("no picture at all")
-        with pytest.raises(ValueError, match=r"notes\.png: not an image"):
+        with pytest.raises(DataError, match=r"notes\.png: not an image") as error:
             load_image(path)
+        assert error.value.kind == "image broken"
         path.write_bytes(b"")
         with pytest.raises(ValueError, match=r"notes\.png: not an image"):
             load_image(path)
@@ -121,8 +124,9 @@ class TestLoadImage:
         noise_picture(64, 64).save(path)
         data = path.read_bytes()
         path.write_bytes(data[: int(kept * len(data))])
-        with pytest.raises(ValueError, match=rf"half\.{suffix}: "):
+        with pytest.raises(DataError, match=rf"half\.{suffix}: ") as error:
             load_image(path)
+        assert error.value.kind == "image broken"
 
     @settings(deadline=None, max_examples=60)
     @given(position=st.integers(0, 10**6), value=st.integers(0, 255), suffix=st.sampled_from(["PNG", "JPEG", "GIF"]))
@@ -135,15 +139,16 @@ class TestLoadImage:
         path.write_bytes(data)
         try:
             assert load_image(path).mode == "RGB"
-        except ValueError as error:
-            assert str(path) in str(error)
+        except DataError as error:
+            assert str(path) in str(error) and error.kind == "image broken"
 
     def test_decompression_bomb(self, tmp_path: Path, monkeypatch):
         path = tmp_path / "bomb.png"
         Image.new("L", (100, 100)).save(path)
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
-        with pytest.raises(ValueError, match=r"bomb\.png: "):
+        with pytest.raises(DataError, match=r"bomb\.png: ") as error:
             load_image(path)
+        assert error.value.kind == "image broken"
 
     def test_floating_point_pixels_are_refused(self):
         with pytest.raises(ValueError, match="floating-point"):

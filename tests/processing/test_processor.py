@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image, ImageOps
 from transformers import AutoTokenizer
 
 from instructsam.data.coco_instructions import read_coco_instructions
+from instructsam.errors import DataError
 from instructsam.masks import decode, encode
 from instructsam.processing.chat import IGNORED, ChatLayout
 from instructsam.processing.processor import InstructSAMProcessor
@@ -93,11 +97,130 @@ def test_too_long_and_too_many(processor, world):
     sample = read_coco_instructions(world, "train")[0]
     full = encode(np.ones((96, 96), dtype=bool))
     many = Turn("all shapes", (PhraseTarget("shapes", (full,) * (N + 1)),))
-    with pytest.raises(ValueError, match=f"has {N + 1} instances, more than the {N} queries"):
+    with pytest.raises(DataError, match=f"has {N + 1} instances, more than the {N} queries") as error:
         processor.encode_sample(Sample("x", sample.image, 96, 96, (many,)))
+    assert error.value.kind == "too many instances"
     long = Turn("all shapes", tuple(PhraseTarget("shapes", ()) for _ in range(40)))
-    with pytest.raises(ValueError, match="sample x: .* do not fit max_length=200"):
+    with pytest.raises(DataError, match="sample x: .* do not fit max_length=200") as error:
         processor.encode_sample(Sample("x", sample.image, 96, 96, (long,)))
+    assert error.value.kind == "too long"
+
+
+def fitting(world) -> list[Sample]:
+    """Samples with one turn each, of phrases with no more than N instances."""
+    samples = [dataclasses.replace(s, turns=s.turns[:1]) for s in read_coco_instructions(world, "train")]
+    return [s for s in samples if all(len(phrase.rles) <= N for phrase in s.turns[0].phrases)]
+
+
+def talk(text: str = "hello", answer: str = "red") -> Sample:
+    """A conversation about no picture."""
+    return Sample("talk", None, 0, 0, (Turn(text, answer=(answer,)),))
+
+
+def test_faults_of_a_record_have_their_kind(processor, world, tmp_path):
+    sample = dataclasses.replace(fitting(world)[0], id="x")
+    turn = sample.turns[0]
+    broken, thin = tmp_path / "broken.png", tmp_path / "thin.png"
+    broken.write_bytes(sample.image.read_bytes()[:100])
+    Image.new("RGB", (201, 1)).save(thin)
+    reworded = dataclasses.replace(turn, instruction="the [SEG] star")
+    faults = {
+        "image missing": dataclasses.replace(sample, image=tmp_path / "nowhere.png"),
+        "image broken": dataclasses.replace(sample, image=broken),
+        "image size": dataclasses.replace(sample, width=97),
+        "text": dataclasses.replace(sample, turns=(turn, reworded)),
+        "other": dataclasses.replace(sample, image=thin, height=1, width=201),
+    }
+    for kind, bad in faults.items():
+        with pytest.raises(DataError, match="^sample x: ") as error:
+            processor.encode_sample(bad)
+        assert error.value.kind == kind
+    for bad in (dataclasses.replace(turn, instruction=" "), Turn("all", (PhraseTarget(" "),)), Turn("all")):
+        with pytest.raises(DataError, match="^sample x: .*(empty|at least one phrase)") as error:
+            processor.encode_sample(dataclasses.replace(sample, turns=(bad,)))
+        assert error.value.kind == "text"
+
+
+def test_a_picture_that_is_loaded_already(processor, world, tmp_path):
+    sample = fitting(world)[0]
+    with Image.open(sample.image) as opened:
+        mirrored = ImageOps.mirror(opened.convert("RGB"))
+    mirrored.save(tmp_path / "mirrored.png")
+    read = processor.encode_sample(dataclasses.replace(sample, image=tmp_path / "mirrored.png"))
+    given_ = processor.encode_sample(dataclasses.replace(sample, image=tmp_path / "not opened.png"), image=mirrored)
+    for name in ("pixel_values", "detector_pixel_values", "image_grid_thw", "input_ids", "labels"):
+        assert torch.equal(read[name], given_[name])
+    assert not torch.equal(given_["pixel_values"], processor.encode_sample(sample)["pixel_values"])
+    with pytest.raises(DataError, match=r"height and width \(96, 95\)") as error:
+        processor.encode_sample(sample, image=mirrored.crop((0, 0, 95, 96)))
+    assert error.value.kind == "image size"
+
+
+def test_answer_with_text_of_its_own(processor, world):
+    sample = read_coco_instructions(world, "train")[0]
+    turn = Turn("all", (PhraseTarget("stars"), PhraseTarget("red circles")), answer=("the ", " and the ", "."))
+    item = processor.encode_sample(dataclasses.replace(sample, turns=(turn, Turn("red?", answer=("red.",)))))
+    answer = processor.tokenizer.decode(item["labels"][item["labels"] != IGNORED]).replace("[SEG]", "")
+    assert answer.split("<|im_end|>")[1].strip() == "red."
+    assert len(item["targets"]) == 2 and " and the " in answer.split("<|im_end|>")[0]
+
+
+@pytest.mark.parametrize("independent", [False, True])
+def test_sample_without_a_picture(processor, independent):
+    item = processor.encode_sample(talk(), independent)
+    assert processor.tokenizer.decode(item["input_ids"]).startswith("<|im_start|>")
+    assert not {"pixel_values", "detector_pixel_values", "image_grid_thw"} & set(item)
+    assert processor.chat.image_token_id not in item["input_ids"] and item["targets"] == item["box_only"] == []
+    asked = Sample("talk", None, 0, 0, (Turn("all stars", (PhraseTarget("stars"),)),))
+    with pytest.raises(DataError, match="sample talk: phrase 'stars' needs a picture") as error:
+        processor.encode_sample(asked, independent)
+    assert error.value.kind == "image missing"
+    with pytest.raises(DataError, match=r"sample talk: .*\(0 phrases with 3 queries, 0 image tokens\) do not fit"):
+        processor.encode_sample(talk("red " * 200), independent)
+
+
+@given(
+    kinds=st.lists(st.sampled_from(["picture", "talk", "skipped"]), min_size=1, max_size=4), independent=st.booleans()
+)
+@settings(deadline=None, max_examples=30)
+def test_any_mix_of_rows(processor, world, kinds, independent):
+    """Pictures are those of the rows that have one, in their order; everything else is as in a batch of one."""
+    samples = fitting(world)
+    items = []
+    for k, kind in enumerate(kinds):
+        if kind == "picture":
+            items.append(processor.encode_sample(dataclasses.replace(samples[k], id=f"{k}"), independent))
+        elif kind == "talk":
+            items.append(processor.encode_sample(dataclasses.replace(talk(), id=f"{k}"), independent))
+        else:
+            items.append(processor.neutral_item(f"{k}"))
+    batch = processor.collate(items)
+    assert batch["sample_ids"] == [str(k) for k in range(len(kinds))]
+    assert batch["skipped_ids"] == [str(k) for k, kind in enumerate(kinds) if kind == "skipped"]
+    alone = [processor.collate([item]) for item in items]
+    for name in ("pixel_values", "image_grid_thw", "detector_pixel_values", "target_box_only"):
+        expected = torch.cat([single[name] for single in alone])
+        assert torch.equal(batch[name], expected) and batch[name].dtype == expected.dtype
+    assert batch["pixel_values"].dtype == batch["detector_pixel_values"].dtype == torch.float32
+    assert len(batch["detector_pixel_values"]) == len(batch["image_grid_thw"]) == kinds.count("picture")
+    assert ("turn_ids" in batch) == (independent and kinds != ["skipped"] * len(kinds))
+    for row, single in enumerate(alone):
+        length = single["input_ids"].shape[1]
+        for name, rest in (("input_ids", processor.chat.token_ids["pad"]), ("labels", IGNORED), ("attention_mask", 0)):
+            assert torch.equal(batch[name][row, :length], single[name][0]) and bool(
+                (batch[name][row, length:] == rest).all()
+            )
+        if kinds[row] == "skipped":
+            assert bool((batch["labels"][row] == IGNORED).all())
+            assert "turn_ids" not in batch or not batch["turn_ids"][row].any()
+
+
+def test_batches_for_inference_have_nothing_of_training(processor, world):
+    item = processor.encode_image(read_coco_instructions(world, "train")[0].image)
+    chat = processor.encode_chat(item["image_grid_thw"], [("all stars", None)])
+    assert not {"labels", "skipped_ids", "target_masks", "turn_ids"} & set(
+        processor.collate([{**item, "input_ids": chat.input_ids}])
+    )
 
 
 def test_batches(processor, world):

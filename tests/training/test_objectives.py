@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import subprocess
 import sys
@@ -14,11 +15,12 @@ import torch
 from instructsam.data.coco_instructions import read_coco_instructions
 from instructsam.losses.criterion import CriterionConfig, SetCriterion
 from instructsam.predictor import Predictor
-from instructsam.structures import PhraseTarget, Turn
+from instructsam.structures import PhraseTarget, Sample, Turn
 from instructsam.training.objectives import InstructionObjective
 
 REPOSITORY = Path(__file__).parents[2]
 FULL = CriterionConfig(aux=1.0, box_l1=5.0, box_giou=2.0)
+TALK = Sample("talk", None, 0, 0, (Turn("the red one", answer=("all of them are blue",)),))
 
 
 @pytest.fixture
@@ -66,10 +68,55 @@ def test_connected_to_every_trainable_parameter(tiny, world, config, what):
         assert float(terms["cls"].detach()) > 0
 
 
+@pytest.mark.parametrize("config", [CriterionConfig(), FULL], ids=["release", "full"])
+@pytest.mark.parametrize("what", ["no_picture", "some_pictures", "only_skipped"])
+def test_connected_to_every_trainable_parameter_without_pictures(tiny, world, config, what):
+    model, processor = tiny
+    talk = processor.encode_sample(TALK, True)
+    picture = processor.encode_sample(read_coco_instructions(world, "train")[0], True)
+    skipped = [processor.neutral_item("a"), processor.neutral_item("b")]
+    items = {"no_picture": [talk, talk], "some_pictures": [talk, picture, talk], "only_skipped": skipped}[what]
+    objective = InstructionObjective(model, SetCriterion(config), query_box_weight=0.5)
+    terms = {name: float(value.detach()) for name, value in run(objective, processor.collate(items)).items()}
+    assert without_gradient(objective) == []
+    gradients = {name: p.grad for name, p in objective.named_parameters() if p.requires_grad}
+    assert all(bool(grad.isfinite().all()) for grad in gradients.values())
+    trained = {name for name, grad in gradients.items() if grad.any()}
+    if what == "only_skipped":
+        assert not trained and all(value == 0 for value in terms.values())
+    elif what == "no_picture":
+        assert terms.pop("language") > 0 and all(value == 0 for value in terms.values())
+        assert trained and all(name.startswith("model.vlm.language_model.") for name in trained)
+    else:
+        assert terms["language"] > 0 and terms["cls"] > 0 and any("merger" in name for name in trained)
+
+
+@pytest.mark.parametrize("place", [0, 1, 3])
+def test_a_skipped_item_changes_nothing(tiny, world, place):
+    model, processor = tiny
+    samples = read_coco_instructions(world, "train")[:2]
+    items = [processor.encode_sample(sample, True) for sample in (*samples, TALK)]
+    objective = InstructionObjective(model, SetCriterion(FULL), query_box_weight=0.5)
+    without, gradients = processor.collate(items), []
+    items.insert(place, processor.neutral_item("broken.jpg"))
+    batch = processor.collate(items)
+    assert (batch["skipped_ids"], without["skipped_ids"]) == (["broken.jpg"], [])
+    assert objective.count_units(batch) == objective.count_units(without)
+    terms = []
+    for one in (without, batch):
+        torch.manual_seed(0)
+        terms.append({name: float(value.detach()) for name, value in run(objective, one).items()})
+        gradients.append({name: p.grad.clone() for name, p in objective.named_parameters() if p.requires_grad})
+    assert terms[1] == pytest.approx(terms[0], rel=1e-6, abs=1e-7)
+    for name, expected in gradients[0].items():
+        difference = (gradients[1][name] - expected).abs().max()
+        assert float(difference / expected.abs().max().clamp(min=1e-5)) < 1e-4, name
+
+
 def test_splitting_a_batch_changes_nothing(tiny, world):
     model, processor = tiny
     samples = read_coco_instructions(world, "train")[:4]
-    items = [processor.encode_sample(sample, True) for sample in samples]
+    items = [processor.encode_sample(sample, True) for sample in (*samples, TALK)]
     objective = InstructionObjective(model, SetCriterion(FULL), query_box_weight=0.5)
     run(objective, processor.collate(items))
     whole = {name: p.grad.clone() for name, p in objective.named_parameters() if p.grad is not None}
@@ -103,8 +150,6 @@ def command(world: Path, output: Path, *more: str) -> list[str]:
 @pytest.mark.multiprocess
 def test_two_processes_equal_one(world, tmp_path):
     """2 ranks × batch 2 give the losses of 1 rank × batch 4."""
-    import json
-
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     one = [sys.executable, "-m", *command(world, tmp_path / "one", "trainer.per_device_batch_size=4")]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29611", "-m"]
@@ -120,3 +165,27 @@ def test_two_processes_equal_one(world, tmp_path):
     for a, b in zip(*rows, strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
         assert a["terms"] == pytest.approx(b["terms"], rel=1e-3, abs=1e-5)
+
+
+IMAGELESS = Path(__file__).with_name("multiprocess_imageless.py")
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("what", ["talk", "skipped"])
+def test_a_rank_without_a_picture_does_not_hang(checkpoint, world, tmp_path, what):
+    """Each step, one of two ranks has a picture and the other has none; the losses are those of one process."""
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    rows = []
+    for batch_size, start in ((2, []), (1, launcher)):
+        output = tmp_path / str(batch_size)
+        line = [sys.executable, *start, *map(str, (IMAGELESS, checkpoint, world, output, what, batch_size))]
+        done = subprocess.run(line, env=environment, capture_output=True, text=True, timeout=200)
+        assert done.returncode == 0, done.stdout + done.stderr
+        rows.append([json.loads(line) for line in (output / "losses.jsonl").read_text().splitlines()])
+    assert len(rows[0]) == 3 and rows[0][2]["loss"] < rows[0][0]["loss"]
+    for a, b in zip(*rows, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
+        assert a["terms"] == pytest.approx(b["terms"], rel=1e-3, abs=1e-5)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
