@@ -57,6 +57,10 @@ class DataError(ValueError):
         return type(self), (str(self), self.kind)
 
 
+class Consequence(DataError):
+    """A record that is lost only because another one is bad, which has been reported. It is counted, not reported."""
+
+
 def kind_of(error: Any) -> str:
     """The kind of fault that an exception stands for; "other" where it does not say."""
     return getattr(error, "kind", "other")

@@ -38,9 +38,9 @@ _PALETTE: tuple[Color, ...] = (
     (128, 0, 0),
     (154, 99, 36),
 )
-_INK: Color = (33, 37, 41)
-_FAINT: Color = (108, 117, 125)
-_PAPER: Color = (255, 255, 255)
+INK: Color = (33, 37, 41)
+FAINT: Color = (108, 117, 125)
+PAPER: Color = (255, 255, 255)
 _RULE: Color = (206, 212, 218)
 
 
@@ -106,7 +106,7 @@ def overlay(
     for array, color in zip(arrays, colors, strict=True):
         pixels[array] += alpha * (np.array(color, dtype=np.float32) - pixels[array])
     for array, color in zip(arrays, colors, strict=True):  # after all tints, so that no outline is covered by one
-        pixels[_outline(array, line + max(1, line // 2))] = _PAPER
+        pixels[_outline(array, line + max(1, line // 2))] = PAPER
         pixels[_outline(array, line)] = color
     picture = Image.fromarray(pixels.round().astype(np.uint8))
     _draw_labels(picture, arrays, labels, colors)
@@ -163,13 +163,16 @@ def gallery(
     """
     if not rows:
         raise ValueError("a gallery needs at least one row")
-    tiles = [_gallery_tile(row, cell, titles) for row in rows]
-    gap = 16
+    return grid([_gallery_tile(row, cell, titles) for row in rows], columns)
+
+
+def grid(tiles: Sequence[Image.Image], columns: int, gap: int = 16) -> Image.Image:
+    """Pictures in rows on white, aligned at their lower edges, with a rule between rows; ``gap`` pixels apart."""
     width = max(tile.width for tile in tiles)
     lines = [tiles[i : i + columns] for i in range(0, len(tiles), columns)]
     heights = [max(tile.height for tile in line) for line in lines]
     total_width = gap + min(columns, len(tiles)) * (width + gap)
-    page = Image.new("RGB", (total_width, gap + sum(heights) + gap * len(lines)), _PAPER)
+    page = Image.new("RGB", (total_width, gap + sum(heights) + gap * len(lines)), PAPER)
     draw, y = ImageDraw.Draw(page), gap
     for number, (line, height) in enumerate(zip(lines, heights, strict=True)):
         if number:
@@ -274,7 +277,8 @@ def _default_label(mask: Mask) -> str:
     return _label(mask.phrase, mask.score) if isinstance(mask, Instance) else ""
 
 
-def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+def text_font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    """Pillow's built-in font; ``size`` is its height in pixels."""
     return ImageFont.load_default(size)
 
 
@@ -287,7 +291,7 @@ def _shorten(text: str, font: Any, width: float) -> str:
     return text[:keep].rstrip() + "…"
 
 
-def _wrap(text: str, font: Any, width: float, max_lines: int = 4) -> list[str]:
+def wrap_text(text: str, font: Any, width: float, max_lines: int = 4) -> list[str]:
     """Break text at spaces into lines of at most a width in pixels; the last line is shortened if words are left."""
     lines, words = [""], text.split()
     for number, word in enumerate(words):
@@ -311,7 +315,7 @@ def _draw_labels(
     picture: Image.Image, arrays: Sequence[np.ndarray], labels: Sequence[str], colors: Sequence[Color]
 ) -> None:
     """Put each label above its mask's top, inside the picture, and below labels that are already there."""
-    font = _font(max(13, round(max(picture.size) / 36)))
+    font = text_font(max(13, round(max(picture.size) / 36)))
     draw = ImageDraw.Draw(picture)
     pad, taken = 3, list[tuple[float, float, float, float]]()
     for array, label, color in zip(arrays, labels, colors, strict=True):
@@ -369,22 +373,22 @@ def _gallery_tile(row: GalleryRow, cell: int, titles: tuple[str, str]) -> Image.
     sides = overlay_pair(row, cell)
     counts = [_count(row.truth, "no target"), _count(row.prediction, "nothing found")]
 
-    gap, font, small = 8, _font(16), _font(13)
+    gap, font, small = 8, text_font(16), text_font(13)
     width = 2 * cell + gap
     note_width = small.getlength(row.note) + 12 if row.note else 0
-    lines = _wrap(row.instruction, font, width - note_width)
+    lines = wrap_text(row.instruction, font, width - note_width)
     line_height, small_height = 21, 20
     top = len(lines) * line_height + 4
-    tile = Image.new("RGB", (width, top + sides[0].height + small_height), _PAPER)
+    tile = Image.new("RGB", (width, top + sides[0].height + small_height), PAPER)
     draw = ImageDraw.Draw(tile)
     for i, line in enumerate(lines):
-        draw.text((0, i * line_height), line, font=font, fill=_INK)
+        draw.text((0, i * line_height), line, font=font, fill=INK)
     if row.note:
-        draw.text((width - note_width + 12, 3), row.note, font=small, fill=_FAINT)
+        draw.text((width - note_width + 12, 3), row.note, font=small, fill=FAINT)
     for i, (side, title, count) in enumerate(zip(sides, titles, counts, strict=True)):
         x = i * (cell + gap)
         tile.paste(side, (x, top))
-        draw.text((x, top + side.height + 2), f"{title}: {count}", font=small, fill=_FAINT)
+        draw.text((x, top + side.height + 2), f"{title}: {count}", font=small, fill=FAINT)
     return tile
 
 

@@ -11,6 +11,9 @@ from pathlib import Path
 import pytest
 from tiny_fixtures import CONFIGS, settings_of
 
+from instructsam.data.augmentation import Augmentation
+from instructsam.data.composition import Composition
+from instructsam.data.sources import open_sources, parse_sources
 from instructsam.losses.criterion import CriterionConfig
 from instructsam.models.configuration import InstructSAMConfig
 from instructsam.models.factory import SETTINGS
@@ -30,7 +33,30 @@ GROUPS = [
     f"{group}={choice}"
     for group in ("experiment", "debug", "objective", "optim", "model", "data")
     for choice in choices(group)
+    if not choice.startswith("_")  # what others are made of
 ]
+
+
+def test_prepared_data_that_is_missing_is_told_at_once(tmp_path, monkeypatch):
+    """Nothing is built or read before everything that lacks is named, with what makes it."""
+    monkeypatch.chdir(tmp_path)  # whatever lies in the repository's data/
+    for name in ("stage1", "stage2", "originals"):
+        settings = settings_of("train", f"data={name}", f"data.prepared={tmp_path}/prepared", "model.tokenizer=null")
+        with pytest.raises(ValueError, match="are not prepared") as error:
+            open_sources(settings["data"])
+        text = str(error.value)
+        assert f"python -m instructsam.prepare data={name}" in text
+        assert all(f"\n  {source}: " in text for source in settings["data"]["sources"])
+        with pytest.raises(ValueError, match="lack files") as error:
+            open_sources({**settings["data"], "prepared": None})
+        assert "bash scripts/prepare/" in str(error.value)
+        assert all(f"\n  {source}: " in str(error.value) for source in settings["data"]["sources"])
+
+
+def own_root(override: str) -> list[str]:
+    """What only the user can give; the tiny model's words are those of its world."""
+    given = {"data=coco_instructions": ["data.root=somewhere"], "data=originals": ["model.tokenizer=null"]}
+    return given.get(override, [])
 
 
 def check(settings: dict) -> None:
@@ -42,18 +68,21 @@ def check(settings: dict) -> None:
         LoraSettings.from_mapping(settings["model"]["lora"])
     assert set(settings["model"]) <= SETTINGS
     assert settings["objective"]["name"] in OBJECTIVES
+    parse_sources(settings["data"]["sources"])
+    Composition.from_mapping(settings["data"]["composition"])
+    Augmentation(**settings["data"]["augmentation"])
     as_dtype(settings["save_dtype"], "save_dtype", auto=False)
 
 
 @pytest.mark.parametrize("override", GROUPS)
 def test_training_configurations(override):
-    check(settings_of("train", "data.root=somewhere", override))
+    check(settings_of("train", *own_root(override), override))
 
 
 @pytest.mark.parametrize("debug", choices("debug"))
 @pytest.mark.parametrize("experiment", choices("experiment"))
 def test_experiments_can_be_debugged(experiment, debug):
-    check(settings_of("train", f"experiment={experiment}", "data.root=somewhere", f"debug={debug}"))
+    check(settings_of("train", f"experiment={experiment}", f"debug={debug}"))
 
 
 @pytest.mark.parametrize("choice", choices("benchmark"))
@@ -79,8 +108,11 @@ def test_settings_that_only_the_user_can_give_are_asked_for():
 
 
 def test_stage_2_differs_from_stage_1_in_rates_start_and_accumulation_only():
-    first, second = (settings_of("train", f"experiment=stage{stage}", "data.root=somewhere") for stage in (1, 2))
+    first, second = (settings_of("train", f"experiment=stage{stage}") for stage in (1, 2))
     differences = {text.split(" ")[0] for text in fingerprint_differences(first, second)}
+    of_data = {name for name in differences if name.startswith("data.")}
+    assert all(re.match(r"data\.(name|sources\.\w+)", name) for name in of_data)
+    differences -= of_data
     rates = {"optim.lr", "optim.groups.vlm.lr", "optim.groups.detector.lr"}
     parts = {"model.vlm_path", "model.detector_path", "model.checkpoint"}
     assert differences == {"output_dir", "trainer.accumulation", *rates, *parts}

@@ -25,7 +25,8 @@ FLOOR = {"structures", "masks", "errors"}
 RECORDS = {f"evaluation.{name}" for name in ("metrics", "average_precision", "report", "tables", "records", "measure")}
 RECORDS |= {f"evaluation.{name}" for name in ("measured", "overlaps", "concept_f1", "bootstrap", "sweep", "coco_ap")}
 PARTS = FLOOR | {"processing", "models", "losses", "data", "visualization", "predictor", "evaluation"}
-ENTRY_POINTS = {"train", "evaluate", "segment", "demo", "merge", "export", "compare", "make_tiny_world", "prepare"}
+ENTRY_POINTS = {"train", "evaluate", "segment", "demo", "merge", "export", "compare", "make_tiny_world"}
+ENTRY_POINTS |= {"prepare", "validate", "inspect"}
 
 # What each part may import besides itself. A module belongs to the longest name that fits it.
 ALLOWED: dict[str, set[str]] = {
@@ -41,10 +42,14 @@ ALLOWED: dict[str, set[str]] = {
     "predictor": FLOOR | {"processing", "models"},
     **{name: FLOOR | RECORDS for name in RECORDS},
     "evaluation": PARTS - {"losses"} | RECORDS,
+    "inspection": FLOOR | RECORDS | {"processing", "data", "visualization", "evaluation"},
     "baselines": FLOOR | {"processing", "models", "losses", "visualization"},
     "pretraining": PARTS | RECORDS | {"training"},
     "training": PARTS | RECORDS | {"pretraining"},
-    **{name: PARTS | RECORDS | {"configs_path", "baselines", "pretraining", "training"} for name in ENTRY_POINTS},
+    **{
+        name: PARTS | RECORDS | {"configs_path", "baselines", "inspection", "pretraining", "training"}
+        for name in ENTRY_POINTS
+    },
 }
 
 # Import names of distributions that are called otherwise.

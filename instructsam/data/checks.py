@@ -4,24 +4,26 @@ from __future__ import annotations
 
 import json
 import logging
-import math
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
-from instructsam.errors import DataError, at, kind_of
+from instructsam.errors import Consequence, DataError, at, kind_of
 
 logger = logging.getLogger(__name__)
 
 OnBad = Literal["raise", "skip"]
+_LARGEST = sys.float_info.max
 _LOGGED = 20
 """So many skipped entries are logged one by one; all of them are counted."""
 
 
-class Place(NamedTuple):
+@dataclass(frozen=True)
+class Place:
     """Where an entry stands: a file or folder, and its place in it ("12" is a line, else as in "annotations[3]")."""
 
     file: Path | str
@@ -52,7 +54,12 @@ class Skips:
     Args:
         on_bad: "raise" or "skip".
         max_bad: with "skip", more bad entries than this are an error; None for any number.
-        report: with "skip", is handed every bad entry, which is then not logged.
+        report: with "skip", is handed every bad entry, which is then not logged. Entries that are lost only because
+            another one is bad (`instructsam.errors.Consequence`) are counted, but neither logged nor handed over.
+
+    Attributes:
+        counts: bad entries by their sort.
+        aside: sound entries that are left out because they cannot be used, by their sort. No limit counts them.
 
     Raises:
         ValueError: another ``on_bad``.
@@ -62,6 +69,7 @@ class Skips:
     max_bad: int | None = None
     report: Callable[[Problem], None] | None = None
     counts: Counter[str] = field(default_factory=Counter)
+    aside: Counter[str] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
         if self.on_bad not in ("raise", "skip"):
@@ -74,7 +82,9 @@ class Skips:
             raise DataError(message, kind_of(error))
         self.counts[what] += 1
         total = self.counts.total()
-        if self.report is not None:
+        if isinstance(error, Consequence):
+            pass
+        elif self.report is not None:
             self.report(Problem(kind_of(error), place, str(error)))
         elif total <= _LOGGED:
             logger.warning("skipped: %s", message)
@@ -131,9 +141,14 @@ def is_text(value: Any) -> bool:
     return isinstance(value, str) and bool(value.strip())
 
 
+def is_number(value: Any) -> bool:
+    """A number, NaN and infinite ones included."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def is_finite(value: Any) -> bool:
-    """A number that is neither NaN nor infinite."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    """A number that is neither NaN nor infinite, and not beyond what a float holds."""
+    return is_number(value) and -_LARGEST <= value <= _LARGEST
 
 
 def is_size(value: Any) -> bool:

@@ -6,11 +6,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 from instructsam.data.checks import Place, Skips, is_id, is_size, read_json
-from instructsam.errors import DataError
+from instructsam.errors import Consequence, DataError
 
 
 def load_instances(path: Path) -> dict[str, Any]:
@@ -57,9 +58,13 @@ def _check_image(entry: Any) -> None:
 
 
 def annotations_by_image(
-    path: Path, entries: list[Any], known: set[Any], skips: Skips
+    path: Path, entries: list[Any], known: set[Any], skips: Skips, lost: Collection[Any] = ()
 ) -> dict[Any, list[tuple[int, dict[str, Any]]]]:
-    """Annotations (with their place in the file) by image id; their contents are not looked at yet."""
+    """Annotations (with their place in the file) by image id; their contents are not looked at yet.
+
+    Args:
+        known, lost: ids of the images that are usable, and of those that were left out as bad.
+    """
     by_image: dict[Any, list[tuple[int, dict[str, Any]]]] = {}
     seen: set[Any] = set()
     for index, entry in enumerate(entries):
@@ -69,10 +74,17 @@ def annotations_by_image(
             if entry["id"] in seen:
                 raise DataError(f"id {entry['id']!r} occurs a second time", "duplicate")
             if not is_id(entry.get("image_id")) or entry["image_id"] not in known:
+                if is_id(entry.get("image_id")) and entry["image_id"] in lost:
+                    raise Consequence(f"image {entry['image_id']!r} was left out", "reference")
                 raise DataError(f"unknown image_id {entry.get('image_id')!r}", "reference")
             seen.add(entry["id"])
             by_image.setdefault(entry["image_id"], []).append((index, entry))
     return by_image
+
+
+def listed_ids(entries: list[Any]) -> set[Any]:
+    """The ids of all entries that have one, of bad ones too."""
+    return {entry["id"] for entry in entries if isinstance(entry, dict) and is_id(entry.get("id"))}
 
 
 def annotation_name(index: int, entry: Any) -> str:

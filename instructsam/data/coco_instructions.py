@@ -16,20 +16,23 @@ and kind are optional. Pictures are not opened here, only looked for.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from instructsam import masks
-from instructsam.data.checks import Place, Skips, is_finite, is_id, is_text, parse_json, read_bytes
+from instructsam.data.checks import Place, Skips, is_finite, is_id, is_number, is_text, parse_json, read_bytes
 from instructsam.data.coco_instances import (
     annotation_name,
     annotations_by_image,
     categories_by_id,
     images_by_id,
+    listed_ids,
     load_instances,
 )
-from instructsam.errors import DataError
+from instructsam.errors import Consequence, DataError
 from instructsam.structures import RLE, PhraseTarget, Sample, Turn
 
 _BLOCK = 256
@@ -49,6 +52,23 @@ def read_coco_instructions(
     skips: Skips | None = None,
     limit: int | None = None,
 ) -> list[Sample]:
+    """The first ``limit`` samples of `stream_coco_instructions` (all by default); what comes after is not checked.
+
+    Raises:
+        ValueError: a limit below one; no image with a usable instruction; and as `stream_coco_instructions`.
+    """
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit={limit}: must be at least 1, or None for all")
+    skips = skips or Skips()
+    samples = list(islice(stream_coco_instructions(root, split, skips), limit))
+    folder = Path(root) / split
+    skips.summarise(folder, f"{len(samples)} images")
+    if not samples:
+        raise ValueError(f"{folder}: no image with a usable instruction")
+    return samples
+
+
+def stream_coco_instructions(root: Path | str, split: str, skips: Skips | None = None) -> Iterator[Sample]:
     """Read ROOT/SPLIT: one sample an image, in the order of instances.json, with all its instructions as turns.
 
     Images without an instruction are left out. ``Sample.objects`` holds a dict for every annotation of the image: id,
@@ -57,30 +77,26 @@ def read_coco_instructions(
     Args:
         skips: what to do about bad entries; raises at the first by default. What depends on a bad image or annotation
             is left out with it.
-        limit: read so many images only; the others are not checked.
 
     Raises:
         ValueError: naming file, index or line and reason: missing files, broken JSON, unknown or repeated ids, empty
             instruction or phrase, masks that are malformed, empty or of another size than their image. A file that
             cannot be read as a whole is an error with "skip" too.
     """
-    if limit is not None and limit < 1:
-        raise ValueError(f"limit={limit}: must be at least 1, or None for all")
     folder = Path(root) / split
     skips = skips or Skips()
     instances_file, instructions_file = folder / "instances.json", folder / "instructions.jsonl"
     coco = load_instances(instances_file)
     categories = categories_by_id(instances_file, coco.get("categories", []))
     images = images_by_id(instances_file, coco["images"], skips)
-    annotations = annotations_by_image(instances_file, coco["annotations"], set(images), skips)
-    lines = _instructions_by_image(instructions_file, images, skips)
+    lost_images = listed_ids(coco["images"]) - set(images)
+    annotations = annotations_by_image(instances_file, coco["annotations"], set(images), skips, lost_images)
+    lines = _instructions_by_image(instructions_file, images, skips, lost_images)
+    lost = listed_ids(coco["annotations"]) - {entry["id"] for group in annotations.values() for _, entry in group}
 
-    samples: list[Sample] = []
     asked = [image_id for image_id in images if image_id in lines]
     checked: dict[Any, RLE] = {}
     for number, image_id in enumerate(asked):
-        if limit is not None and len(samples) == limit:
-            break
         image = images[image_id]
         if number % _BLOCK == 0:
             block = {other: images[other] for other in asked[number : number + _BLOCK]}
@@ -91,15 +107,13 @@ def read_coco_instructions(
             skips.bad("images", Place(instances_file, f"image {image_id!r}"), missing)
             skips.counts["instructions"] += len(lines[image_id])
             continue
-        objects = _objects(instances_file, image, annotations.get(image_id, []), categories, checked, skips)
-        turns = tuple(_turns(instructions_file, lines[image_id], objects, skips))
+        entries = annotations.get(image_id, [])
+        objects = _objects(instances_file, image, entries, categories, checked, skips)
+        lost.update(entry["id"] for _, entry in entries if not entry.get("iscrowd") and entry["id"] not in objects)
+        turns = tuple(_turns(instructions_file, lines[image_id], objects, lost, skips))
         if turns:
             infos = tuple(item.info for item in objects.values())
-            samples.append(Sample(f"{split}/{image_id}", path, image["height"], image["width"], turns, infos))
-    skips.summarise(folder, f"{len(samples)} images")
-    if not samples:
-        raise ValueError(f"{folder}: no image with a usable instruction")
-    return samples
+            yield Sample(f"{split}/{image_id}", path, image["height"], image["width"], turns, infos)
 
 
 # ---- annotations -------------------------------------------------------------------------------------------------
@@ -147,8 +161,10 @@ def _check_together(
 def _object(entry: dict[str, Any], height: int, width: int, categories: dict[Any, str], checked: RLE | None) -> _Object:
     box = entry.get("bbox")
     if box is not None:
-        if not isinstance(box, list) or len(box) != 4 or not all(is_finite(value) for value in box):
+        if not isinstance(box, list) or len(box) != 4 or not all(map(is_number, box)):
             raise DataError(f"bbox must be four numbers [x, y, w, h], got {box!r}", "box form")
+        if not all(map(is_finite, box)):
+            raise DataError(f"bbox must be four numbers, all finite, [x, y, w, h], got {box!r}", "box nan")
         if box[2] <= 0 or box[3] <= 0:
             raise DataError(f"bbox {box} has no extent", "box extent")
     category = entry.get("category_id")
@@ -188,7 +204,7 @@ def _object(entry: dict[str, Any], height: int, width: int, categories: dict[Any
 
 
 def _instructions_by_image(
-    path: Path, images: dict[Any, dict[str, Any]], skips: Skips
+    path: Path, images: dict[Any, dict[str, Any]], skips: Skips, lost: set[Any]
 ) -> dict[Any, list[tuple[int, dict[str, Any]]]]:
     """Instructions (with their line numbers) by image id; their phrases are not looked up yet."""
     lines = read_bytes(path).splitlines()
@@ -200,6 +216,8 @@ def _instructions_by_image(
         with skips.entry("instructions", Place(path, str(number))):
             entry = parse_json(line)
             _check_instruction(entry)
+            if entry["image_id"] in lost:
+                raise Consequence(f"image {entry['image_id']!r} was left out", "reference")
             if entry["image_id"] not in images:
                 raise DataError(f"unknown image_id {entry['image_id']!r}", "reference")
             if (first := seen.setdefault(str(entry["id"]), number)) != number:
@@ -234,22 +252,24 @@ def _check_instruction(entry: Any) -> None:
 
 
 def _turns(
-    path: Path, lines: list[tuple[int, dict[str, Any]]], objects: dict[Any, _Object], skips: Skips
+    path: Path, lines: list[tuple[int, dict[str, Any]]], objects: dict[Any, _Object], lost: set[Any], skips: Skips
 ) -> list[Turn]:
+    """The turns whose annotations are all among ``objects``; ``lost`` are ids of annotations that were left out."""
     turns: list[Turn] = []
     for number, entry in lines:
         with skips.entry("instructions", Place(path, str(number))):
-            phrases = tuple(_phrase(i, phrase, objects) for i, phrase in enumerate(entry["phrases"]))
+            phrases = tuple(_phrase(i, phrase, objects, lost) for i, phrase in enumerate(entry["phrases"]))
             turn = Turn(entry["instruction"].strip(), phrases, entry.get("kind", ""), str(entry["id"]))
             turns.append(turn)
     return turns
 
 
-def _phrase(index: int, phrase: dict[str, Any], objects: dict[Any, _Object]) -> PhraseTarget:
+def _phrase(index: int, phrase: dict[str, Any], objects: dict[Any, _Object], lost: set[Any]) -> PhraseTarget:
     wanted = []
     for annotation_id in phrase["annotation_ids"]:
         if annotation_id not in objects:
-            raise DataError(
+            error = Consequence if annotation_id in lost else DataError
+            raise error(
                 f"phrases[{index}]: annotation_id {annotation_id!r} is no usable annotation of this image", "reference"
             )
         wanted.append(objects[annotation_id])

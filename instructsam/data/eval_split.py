@@ -7,6 +7,7 @@ opened only where the annotations do not say how large they are.
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -109,35 +110,17 @@ class Collector:
             self._ignore[identity] = ignore_rle
 
     def size_of(self, image: str, record: Mapping[str, Any], *segmentations: Any) -> tuple[int, int]:
-        """(height, width) of a picture: as the record says, else as its RLEs do, else as the file's header does.
-
-        Raises:
-            ValueError: height or width that is no number of pixels, a picture that cannot be opened.
-        """
-        given = [record.get(key) for key in ("height", "width")]
-        if given != [None, None]:
-            for key, value in zip(("height", "width"), given, strict=True):
-                if not is_size(value):
-                    raise DataError(f"{key} must be a positive number of pixels, got {value!r}", "field")
-            return int(record["height"]), int(record["width"])
-        for segmentation in segmentations:
-            if (size := _size_in(segmentation)) is not None:
-                return size
-        path = self.image_root / image
-        if not path.is_file():
-            self._missing[image] += 1
-            raise _no_file(path)
+        """As `picture_size`; a picture that is not there is remembered for `finish`."""
         try:
-            with Image.open(path) as picture:
-                turned = picture.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
-                return (picture.width, picture.height) if turned else (picture.height, picture.width)
-        except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-            raise DataError(f"{path}: cannot be opened ({error})", "image broken") from error
+            return picture_size(self.image_root / image, record, *segmentations)
+        except MissingImage:
+            self._missing[image] += 1
+            raise
 
     def finish(self) -> EvalSplit:
         """The split. Raises ValueError for missing pictures (counted, the first of them named) or no instruction."""
         images = list({**self._samples, **self._missing})
-        missing = [image for image in images if image in self._missing or not self._samples[image].image.is_file()]
+        missing = [image for image in images if image in self._missing or not os.path.isfile(self.image_root / image)]
         if missing and self.skips.on_bad == "raise":
             names = ", ".join(missing[:_NAMED]) + (", ..." if len(missing) > _NAMED else "")
             raise DataError(
@@ -155,6 +138,32 @@ class Collector:
         if not samples:
             raise ValueError(f"{self.source}: no usable instruction for {self.prefix}")
         return EvalSplit(samples, self._ignore, dict(self.skips.counts))
+
+
+def picture_size(path: Path, record: Mapping[str, Any], *segmentations: Any) -> tuple[int, int]:
+    """(height, width) of a picture: as the record says, else as its RLEs do, else as the file's header does.
+
+    Raises:
+        MissingImage: the header is needed, and there is no such file.
+        ValueError: height or width that is no number of pixels, a picture that cannot be opened.
+    """
+    given = [record.get(key) for key in ("height", "width")]
+    if given != [None, None]:
+        for key, value in zip(("height", "width"), given, strict=True):
+            if not is_size(value):
+                raise DataError(f"{key} must be a positive number of pixels, got {value!r}", "field")
+        return int(record["height"]), int(record["width"])
+    for segmentation in segmentations:
+        if (size := _size_in(segmentation)) is not None:
+            return size
+    if not os.path.isfile(path):  # of a name that cannot be one, too
+        raise _no_file(path)
+    try:
+        with Image.open(path) as picture:
+            turned = picture.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
+            return (picture.width, picture.height) if turned else (picture.height, picture.width)
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise DataError(f"{path}: cannot be opened ({error})", "image broken") from error
 
 
 def as_phrase(expression: str) -> str:

@@ -17,10 +17,10 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from instructsam.data.checks import Place, Skips, is_id, read_json
+from instructsam.data.checks import Place, Skips, is_id
 from instructsam.data.coco_instances import images_by_id, load_instances
-from instructsam.data.containers import read_pickle
 from instructsam.data.eval_split import Collector, EvalSplit, as_phrase, instance_rles, turn_of
+from instructsam.data.leakage import read_refs
 from instructsam.errors import DataError
 from instructsam.structures import RLE
 
@@ -84,13 +84,7 @@ def read_referring(
 
 def _refs_of(path: Path, split: str) -> list[tuple[int, dict[str, Any]]]:
     """The refs of one split with their places in the file."""
-    refs = read_pickle(path) if path.suffix in (".p", ".pkl") else read_json(path)
-    if not isinstance(refs, list):
-        raise DataError(f"{path}: expected a list of refs, got {type(refs).__name__}", "field")
-    for index, ref in enumerate(refs):
-        # Whose split a broken ref belongs to cannot be known, so none is skipped here.
-        if not isinstance(ref, dict) or not isinstance(ref.get("split"), str):
-            raise DataError(f"{path}: [{index}]: expected an object with a split, got {str(ref)[:60]}", "field")
+    refs = read_refs(path)
     found = [(index, ref) for index, ref in enumerate(refs) if ref["split"] == split]
     if not found:
         there = ", ".join(f"{name} ({count} refs)" for name, count in Counter(ref["split"] for ref in refs).items())

@@ -65,6 +65,20 @@ def count_chart(table: NDArray[np.int64]) -> Node:
     return picture
 
 
+def share_chart(title: str, x_name: str, y_name: str, names: Sequence[str], shares: Sequence[float]) -> Node:
+    """One bar a name, with its share (0…1) of the whole above it; the axis ends at the largest."""
+    highest = max([*shares, 1e-9])
+    slot = 1 / len(names)
+    steps = [(f"{highest * part:.0%}" if highest >= 0.1 else f"{highest * part:.1%}", part) for part in (0, 0.5, 1)]
+    picture = _frame(title, x_name, y_name, [(name, (k + 0.5) * slot) for k, name in enumerate(names)], steps)
+    for number, (name, share) in enumerate(zip(names, shares, strict=True)):
+        top = _y(share / highest)
+        label = node("title", f"{name}: {share:.2%}")
+        size = {"x": _x((number + 0.1) * slot), "y": top, "width": 0.8 * slot * INNER_WIDTH, "height": _y(0) - top}
+        picture.append(node("rect", label, class_="bar series-0", **size))
+    return picture
+
+
 def _frame(
     title: str,
     x_name: str,

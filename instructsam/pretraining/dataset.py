@@ -6,15 +6,19 @@ Shape suffixes: B batch, H W pixels, O objects (row 0 = background), A attribute
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from instructsam.data.augmentation import PictureChange
 from instructsam.data.dataset import InstructionDataset
+from instructsam.data.samples import Samples
+from instructsam.errors import DataError
 from instructsam.masks import decode_batch
 from instructsam.processing.processor import InstructSAMProcessor
 from instructsam.structures import PhraseTarget, Sample, Turn
@@ -23,7 +27,7 @@ CATEGORY = "category"
 PLAIN_KINDS = ("category", "attribute", "phrases", "no_target")
 
 
-def attribute_values(samples: Sequence[Sample]) -> dict[str, list[str]]:
+def attribute_values(samples: Iterable[Sample]) -> dict[str, list[str]]:
     """Every attribute of the samples' objects (category name included) with its sorted values.
 
     Raises:
@@ -44,18 +48,21 @@ class GroundedDataset(InstructionDataset):
 
     With `generic_phrase`, `num_generic` turns are added that ask for a random subset of the objects by a phrase that
     gives nothing away (the detector's queries alone must say which); they come last.
+
+    All samples are read once, for the attributes of their objects (`SampleList` keeps these, a table does not). A
+    sample that cannot be encoded is an error whatever ``on_bad`` says, as a batch needs the objects of every item.
     """
 
     def __init__(
         self,
-        samples: Sequence[Sample],
+        samples: Samples,
         processor: InstructSAMProcessor,
         generic_phrase: str | None = None,
         num_generic: int = 0,
         **kwargs: Any,
     ):
         super().__init__(samples, processor, **kwargs)
-        self.values = attribute_values(self.samples)
+        self.values = attribute_values(self.samples[row] for row in self.rows.tolist())
         self.generic_phrase = generic_phrase
         self.num_generic = num_generic if generic_phrase else 0
 
@@ -66,17 +73,19 @@ class GroundedDataset(InstructionDataset):
         phrase = PhraseTarget(self.generic_phrase or "", rles)
         return Turn(instruction=phrase.text, phrases=(phrase,))
 
-    def draw(self, key: tuple[int, int]) -> Sample:
-        sample = super().draw(key)
+    def _ask(self, sample: Sample, key: tuple[int, int]) -> tuple[Sample, PictureChange]:
+        asked, change = super()._ask(sample, key)
         rng = np.random.default_rng((self.seed, 1, *key))
-        extra = tuple(self._subset(sample, rng) for _ in range(self.num_generic))
-        return dataclasses.replace(sample, turns=sample.turns + extra)
+        extra = tuple(self._subset(asked, rng) for _ in range(self.num_generic))
+        return dataclasses.replace(asked, turns=asked.turns + extra), change
 
-    def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
-        sample = self.draw(key)
-        item = self.processor.encode_sample(sample, self.independent_turns)
-        rles = [thing["rle"] for thing in sample.objects]
-        masks_OHW = decode_batch(rles, sample.height, sample.width, checked=True)
+    def _neutral(self, sample_id: str, error: DataError) -> dict[str, Any]:
+        raise error
+
+    def _encode(self, asked: Sample, picture: Image.Image | None) -> dict[str, Any]:
+        item = super()._encode(asked, picture)
+        rles = [thing["rle"] for thing in asked.objects]
+        masks_OHW = decode_batch(rles, asked.height, asked.width, checked=True)
         numbers = np.arange(1, len(rles) + 1)[:, None, None]
         item["object_map"] = torch.from_numpy((masks_OHW * numbers).max(0, initial=0))
         rows = [
@@ -84,11 +93,11 @@ class GroundedDataset(InstructionDataset):
                 values.index({CATEGORY: thing["category"], **thing["attributes"]}[name]) + 1
                 for name, values in self.values.items()
             ]
-            for thing in sample.objects
+            for thing in asked.objects
         ]
         item["object_attributes"] = torch.tensor([[0] * len(self.values), *rows])
-        boxes = torch.tensor([[0.0] * 4, *(thing["bbox"] for thing in sample.objects)])
-        boxes = boxes / torch.tensor([sample.width, sample.height] * 2)
+        boxes = torch.tensor([[0.0] * 4, *(thing["bbox"] for thing in asked.objects)])
+        boxes = boxes / torch.tensor([asked.width, asked.height] * 2)
         boxes[:, :2] += boxes[:, 2:] / 2
         item["object_boxes"] = boxes
         generic = [False] * (len(item["targets"]) - self.num_generic) + [True] * self.num_generic

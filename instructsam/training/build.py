@@ -7,17 +7,19 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from instructsam.data.checks import Skips
-from instructsam.data.coco_instructions import read_coco_instructions
 from instructsam.data.dataset import InstructionDataset
+from instructsam.data.samples import Samples
+from instructsam.data.sources import open_sources
 from instructsam.losses.criterion import CriterionConfig, SetCriterion
 from instructsam.models.factory import build_model
 from instructsam.models.modeling import InstructSAM
 from instructsam.processing.processor import InstructSAMProcessor
-from instructsam.structures import Sample
 from instructsam.training.objectives import InstructionObjective
 
 OBJECTIVES = ("instruct", "pretrain_detector", "pretrain_vlm")
@@ -35,7 +37,7 @@ class Task:
     objective: nn.Module
     dataset: InstructionDataset
     collate: Callable[[list[Any]], dict[str, Any]]
-    group_by: list[float] | None = None
+    group_by: NDArray[np.float64] | None = None
 
 
 def build_task(settings: Mapping[str, Any]) -> Task:
@@ -49,12 +51,12 @@ def build_task(settings: Mapping[str, Any]) -> Task:
     """
     model, processor = build_model(settings["model"], settings["seed"])
     data = settings["data"]
-    samples = read_coco_instructions(data["root"], data["train_split"], Skips(data["on_bad"]), limit=data.get("limit"))
+    samples = open_sources(data, Skips(data["on_bad"], data["max_bad"]))
     objective = dict(settings["objective"])
     name = objective.pop("name")
     if name not in OBJECTIVES:
         raise ValueError(f"objective.name={name!r} is not one of {', '.join(OBJECTIVES)}")
-    names = ("turns_per_image", "independent_turns", "kinds", "on_bad", "too_many_instances")
+    names = ("turns_per_image", "independent_turns", "on_bad", "too_many_instances", "composition", "augmentation")
     options = {**{key: data[key] for key in names}, "seed": settings["seed"]}
     # Heads draw their weights here: from the run's seed alone.
     with torch.random.fork_rng(devices=[]):
@@ -75,7 +77,7 @@ def _pretraining_task(
     name: str,
     model: InstructSAM,
     processor: InstructSAMProcessor,
-    samples: list[Sample],
+    samples: Samples,
     objective: dict[str, Any],
     options: dict[str, Any],
 ) -> Task:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from instructsam.data.checks import Skips
-from instructsam.data.coco_instructions import read_coco_instructions
+from instructsam.data.sources import check_files, parse_sources, read_source
+from instructsam.data.wording import word
 from instructsam.evaluation.gallery import write_gallery
 from instructsam.evaluation.metrics import evaluate_records
 from instructsam.evaluation.runner import flatten, run
@@ -27,7 +31,15 @@ def periodic_evaluation(task: Task, settings: Mapping[str, Any]) -> Callable[[in
             gallery_rows.
     """
     options, data = settings["evaluation"], settings["data"]
-    samples = read_coco_instructions(data["root"], data["val_split"], Skips(data["on_bad"]))
+    if not data.get("val"):
+        raise ValueError("trainer.eval_every is set, but data.val names no held-out instructions; or set it to 0")
+    sources = parse_sources({"val": data["val"]})
+    check_files(sources)
+    rng = np.random.default_rng(0)  # the same words for every evaluation and run
+    samples = [
+        dataclasses.replace(sample, turns=tuple(word(turn, rng) for turn in sample.turns))
+        for sample in read_source(sources[0], Skips(data["on_bad"], data["max_bad"]))
+    ]
     items = flatten(samples, options["num_instructions"])
 
     def evaluate(step: int) -> dict[str, float]:

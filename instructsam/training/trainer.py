@@ -148,7 +148,7 @@ class Trainer:
         optim_config: OptimConfig,
         evaluate: Callable[[int], Mapping[str, Any]] | None = None,
         fingerprint: Mapping[str, Any] | None = None,
-        group_by: Sequence[float] | None = None,
+        group_by: Sequence[float] | np.ndarray | None = None,
     ) -> None:
         if config.eval_every and evaluate is None:
             raise ValueError("eval_every is set but there is nothing to evaluate with: give evaluate, or set it to 0")

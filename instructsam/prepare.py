@@ -1,0 +1,227 @@
+"""Write the sources of a training set to tables, once, so that training starts at once and needs little memory.
+
+    python -m instructsam.prepare data=stage1                       # all sources, into data.prepared
+    python -m instructsam.prepare data=stage1 only=[refcoco,lvis]   # some of them
+    python -m instructsam.prepare data=stage1 workers=4             # four sources at a time
+    python -m instructsam.prepare data=stage1 force=true            # also those that are up to date
+
+A table is left alone if its settings are those of the source and the files it was made from have not changed. Pictures
+of validation and test splits are left out here, and counted (`instructsam.data.leakage`). Settings:
+`configs/prepare.yaml`.
+"""
+
+from __future__ import annotations
+
+import glob
+import signal
+import sys
+import time
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack
+from itertools import chain
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, cast
+
+import hydra
+from omegaconf import DictConfig, OmegaConf
+from tqdm import tqdm
+
+from instructsam.configs_path import CONFIGS, missing_keys
+from instructsam.data.checks import Skips
+from instructsam.data.leakage import held_out_images
+from instructsam.data.sources import Source, check_files, parse_sources, read_source, table_recipe
+from instructsam.data.table import SampleTable, write_table
+from instructsam.structures import Sample
+from instructsam.training.lock import exclusive
+
+DEFAULT_FOLDER = "data/prepared"
+COLUMNS = ("samples", "turns", "masks", "no-target", "skipped", "held out", "seconds", "MB")
+
+
+def prepare(settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Bring the tables of all sources up to date.
+
+    Args:
+        settings: ``data`` as for `open_sources`, with ``on_bad`` and ``max_bad``; ``only``, names of sources;
+            ``force``; ``workers``.
+
+    Returns:
+        The manifest of every table by source, those included that were left alone.
+
+    Raises:
+        ValueError: unknown settings or names, missing files (all are named) before anything is read; sources that
+            failed (all are named), when the others are done.
+    """
+    data = settings["data"]
+    sources = _chosen(parse_sources(data.get("sources") or {}), settings.get("only"))
+    if settings["workers"] < 1:
+        raise ValueError(f"workers={settings['workers']}: must be at least 1")
+    check_files(sources)
+    done: dict[str, dict[str, Any]] = {}
+    for source in () if settings["force"] else sources:
+        if (manifest := _up_to_date(source, data)) is not None:
+            done[source.name] = manifest
+            print(f"{source.name}: up to date ({manifest['counts']['samples']} samples)", flush=True)
+    waiting = [source for source in sources if source.name not in done]
+    held_out: frozenset[int] = frozenset()
+    if any(source.held_out for source in waiting):
+        files = data.get("held_out") or ()
+        held_out = held_out_images(files)
+        print(f"{len(held_out)} pictures of validation and test splits, from {len(files)} files", flush=True)
+    failed: list[str] = []
+    for source, result in _run(waiting, data, held_out, settings["workers"]):
+        if isinstance(result, Exception):
+            failed.append(f"\n  {source.name}: {result}")
+            print(f"{source.name}: failed: {result}", file=sys.stderr, flush=True)
+        else:
+            done[source.name] = result
+            print(f"{source.name}: {_line(result)}", flush=True)
+    in_order = {source.name: done[source.name] for source in sources if source.name in done}
+    print(summary(in_order))
+    for source in sources:
+        found = in_order[source.name]["counts"]["samples"] if source.name in done else None
+        if found is not None and source.expected not in (None, found):
+            print(f"warning: {source.name}: {found} samples, expected {source.expected}", file=sys.stderr)
+    if failed:
+        raise ValueError(f"{len(failed)} of {len(sources)} sources could not be prepared:{''.join(failed)}")
+    return in_order
+
+
+def _chosen(sources: list[Source], only: Sequence[str] | str | None) -> list[Source]:
+    names = [only] if isinstance(only, str) else only
+    if names is None:
+        return sources
+    known = [source.name for source in sources]
+    if unknown := [name for name in names if name not in known]:
+        raise ValueError(f"only: no source {', '.join(unknown)}; there are {', '.join(known)}")
+    return [source for source in sources if source.name in names]
+
+
+def _run(
+    sources: Sequence[Source], data: Mapping[str, Any], held_out: Collection[int], workers: int
+) -> Iterator[tuple[Source, dict[str, Any] | Exception]]:
+    """Sources with their new manifests, or with what went wrong, in order."""
+    tasks = [(source, data, held_out if source.held_out else ()) for source in sources]
+    if workers == 1 or len(sources) < 2:
+        yield from ((source, _prepare_one(task)) for source, task in zip(sources, tasks, strict=True))
+        return
+    # An interrupt ends the workers at once; what they leave behind is hidden, and removed by the next run.
+    ended = (signal.SIGINT, signal.SIG_DFL)
+    pool = ProcessPoolExecutor(min(workers, len(sources)), get_context("spawn"), signal.signal, ended)
+    try:
+        yield from zip(sources, pool.map(_prepare_one, tasks), strict=True)
+    except BrokenProcessPool as error:
+        raise ValueError(
+            "a process that read a source was killed, for want of memory perhaps: fewer workers"
+        ) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _prepare_one(task: tuple[Source, Mapping[str, Any], Collection[int]]) -> dict[str, Any] | Exception:
+    """Make one table; an error comes back as a value, so that the other sources go on."""
+    source, data, held_out = task
+    folder = table_folder(source, data)
+    start = time.monotonic()
+    skips = Skips(data.get("on_bad") or "raise", data.get("max_bad"))
+    dropped: dict[str, int] = {"samples": 0, "pictures": 0}
+    pictures: set[Path | None] = set()
+    info: dict[str, Any] = {"files": _stamps(source, data), "skipped": skips.counts, "held_out": dropped}
+
+    def drop(sample: Sample) -> None:
+        pictures.add(sample.image)
+        dropped.update(samples=dropped["samples"] + 1, pictures=len(pictures))
+
+    def samples() -> Iterator[Sample]:
+        read = read_source(source, skips, held_out, drop)
+        yield from tqdm(read, desc=source.name, unit=" samples", disable=None, leave=False)
+        info["seconds"] = round(time.monotonic() - start, 1)
+
+    try:
+        with ExitStack() as stack:
+            try:
+                stack.enter_context(exclusive(folder.parent / ".locks" / source.name))
+            except ValueError:
+                raise ValueError(f"{folder}: another process is preparing it") from None
+            return write_table(folder, samples(), table_recipe(source, data), info, skips)
+    except (ValueError, OSError) as error:
+        return error
+
+
+def table_folder(source: Source, data: Mapping[str, Any]) -> Path:
+    """Where the table of a source lies."""
+    return Path(data.get("prepared") or DEFAULT_FOLDER) / source.name
+
+
+def _up_to_date(source: Source, data: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The manifest of a table that need not be made anew."""
+    try:
+        table = SampleTable(table_folder(source, data), table_recipe(source, data))
+    except ValueError:
+        return None
+    return table.manifest if table.manifest["info"].get("files") == _stamps(source, data) else None
+
+
+def _stamps(source: Source, data: Mapping[str, Any]) -> dict[str, list[int]]:
+    """Size in bytes and time of change (ns) of the files that a source is read from. Folders are not looked into."""
+    named = chain(source.needs, source.options.values(), (data.get("held_out") or ()) if source.held_out else ())
+    paths: set[Path] = set()
+    for name in named:
+        if isinstance(name, str) and name:
+            paths.update(map(Path, [name, *glob.glob(name)]))
+    found = {str(path): path.stat() for path in sorted(paths) if path.is_file()}
+    return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in found.items()}
+
+
+# ---- what is printed ------------------------------------------------------------------------------------------------
+
+
+def _figures(manifest: Mapping[str, Any]) -> tuple[float, ...]:
+    """In the order of `COLUMNS`."""
+    counts, info = manifest["counts"], manifest["info"]
+    size = sum(entry["bytes"] for entry in (manifest["sizes"], *manifest["shards"]))
+    own = (counts["samples"], counts["turns"], counts["masks"], counts["no_target"])
+    return (*own, sum(info["skipped"].values()), info["held_out"]["pictures"], info["seconds"], round(size / 1e6, 1))
+
+
+def _line(manifest: Mapping[str, Any]) -> str:
+    """One source in words."""
+    samples, turns, masks, no_target, *_, seconds, size = _figures(manifest)
+    parts = [f"{samples} samples, {turns} turns, {masks} masks, {no_target} no-target"]
+    if skipped := manifest["info"]["skipped"]:
+        parts.append("skipped " + ", ".join(f"{number} {what}" for what, number in sorted(skipped.items())))
+    if (dropped := manifest["info"]["held_out"])["samples"]:
+        parts.append(
+            f"left out {dropped['samples']} samples about {dropped['pictures']} pictures of validation and test splits"
+        )
+    return "; ".join([*parts, f"{seconds} s, {size} MB"])
+
+
+def summary(manifests: Mapping[str, Mapping[str, Any]]) -> str:
+    """All sources as a table. A picture held out of several sources counts in each."""
+    rows = {name: _figures(manifest) for name, manifest in manifests.items()}
+    rows["total"] = tuple(round(sum(column), 1) for column in zip(*rows.values(), strict=True))
+    width = max(map(len, rows))
+    lines = [f"{'source':{width}}" + "".join(f"{name:>11}" for name in COLUMNS)]
+    lines += [f"{name:{width}}" + "".join(f"{value:>11}" for value in values) for name, values in rows.items()]
+    return "\n".join(lines)
+
+
+@hydra.main(config_path=CONFIGS, config_name="prepare", version_base="1.3")
+def main(config: DictConfig) -> None:
+    if missing := list(missing_keys(OmegaConf.to_container(config))):
+        sys.exit(f"error: not given: {', '.join(f'{key}=...' for key in missing)}")
+    settings = cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))
+    try:
+        prepare(settings)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

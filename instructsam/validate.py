@@ -1,0 +1,102 @@
+"""Check a training set before it is trained on: every record, and every picture as a whole.
+
+    python -m instructsam.validate                             # the tiny world
+    python -m instructsam.validate data=stage1                 # as it would be trained on
+    python -m instructsam.validate data=stage1 only=[refcoco,lvis_v1_train] workers=32
+    python -m instructsam.validate data=coco_instructions data.root=data/mine
+
+Writes validation.jsonl (every problem: source, kind, file, index, reason) and validation.md (by kind, with the first of
+each) to `output_dir`, and prints how many there are of each kind. Source files are read, all of them, whether or not
+tables were prepared from them; of tables that are there (`data.prepared`), the checksums are compared.
+
+Exit status: 0 nothing found, 1 problems found, 2 it could not run. Settings: `configs/validate.yaml`.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any, cast
+
+import hydra
+from omegaconf import DictConfig, OmegaConf
+from tqdm import tqdm
+
+from instructsam.configs_path import CONFIGS, missing_keys
+from instructsam.data.validation_report import ValidationReport
+
+
+def validate(settings: dict[str, Any]) -> ValidationReport:
+    """Run one validation as configured, and write its report.
+
+    Raises:
+        ValueError: settings that cannot work, source files that are not there (all are named).
+        RuntimeError: a process that opens pictures died.
+    """
+    from instructsam.data.leakage import held_out_images
+    from instructsam.data.picture_checks import PictureChecks, available_cores
+    from instructsam.data.sources import check_files, parse_sources
+    from instructsam.data.validation import validate_source, verify_table
+
+    workers = available_cores() if settings["workers"] is None else settings["workers"]
+    if not isinstance(workers, int) or isinstance(workers, bool) or workers < 0:
+        raise ValueError(f"workers={workers}: must be a whole number, or null for one a core")
+    num_queries = settings["num_queries"]
+    if num_queries is not None and (not isinstance(num_queries, int) or num_queries < 1):
+        raise ValueError(f"num_queries={num_queries}: must be at least 1, or null to allow any number of instances")
+    data = settings["data"]
+    sources = parse_sources(data["sources"])
+    if settings["only"] is not None:
+        names = [source.name for source in sources]
+        if unknown := [name for name in settings["only"] if name not in names]:
+            raise ValueError(f"only: no source {', '.join(map(repr, unknown))}; there are {', '.join(names)}")
+        sources = [source for source in sources if source.name in settings["only"]]
+    check_files(sources)
+    held_out = held_out_images(data.get("held_out") or ()) if any(s.held_out for s in sources) else frozenset()
+    title = f"Validation of {data.get('name') or ', '.join(source.name for source in sources)}"
+    with ValidationReport(Path(settings["output_dir"]), title) as report, PictureChecks(workers) as pictures:
+        for source in sources:
+            with tqdm(desc=source.name, unit=" samples", disable=None) as bar:
+
+                def add(problem: Any, name: str = source.name, bar: Any = bar) -> None:
+                    report.add(name, problem)
+                    bar.set_postfix(problems=report.total, refresh=False)
+
+                notes = validate_source(source, pictures, add, held_out, num_queries, bar.update)
+                if data.get("prepared") and verify_table(Path(data["prepared"]) / source.name, add):
+                    notes["prepared table (checksums compared)"] = 1
+            report.close_source(source.name, notes)
+    return report
+
+
+class _Finished(SystemExit):
+    """Validation ran to its end."""
+
+
+@hydra.main(config_path=CONFIGS, config_name="validate", version_base="1.3")
+def main(config: DictConfig) -> None:
+    if missing := list(missing_keys(OmegaConf.to_container(config))):
+        sys.exit(f"error: not given: {', '.join(f'{key}=...' for key in missing)}")
+    settings = cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))
+    try:
+        report = validate(settings)
+    except (ValueError, RuntimeError) as error:
+        sys.exit(f"error: {error}")
+    print(f"{report.summary()}\n\nwritten: {report.folder / 'validation.md'}, {report.folder / 'validation.jsonl'}")
+    raise _Finished(1 if report.total else 0)
+
+
+def entry_point() -> None:
+    """`main`, with exit status 2 for everything that kept it from running, wrong settings included."""
+    try:
+        main()
+    except _Finished:
+        raise
+    except SystemExit as stop:
+        if isinstance(stop.code, str):
+            print(stop.code, file=sys.stderr)
+        sys.exit(2 if stop.code else 0)
+
+
+if __name__ == "__main__":
+    entry_point()
