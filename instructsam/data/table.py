@@ -45,8 +45,8 @@ MANIFEST = "manifest.json"
 _BATCH_ROWS = 64
 _SHARD_BYTES = 2**28
 _READS_KEPT = 32
-"""Pages are given back after so many samples: a fault maps up to 16 pages around the one that is wanted. To give back
-after every sample would cost more time than reading it."""
+"""Pages are given back after so many samples: a fault maps up to 16 pages around the one that is wanted. Doing so after
+every sample would cost more time than reading it."""
 
 
 # ---- writing --------------------------------------------------------------------------------------------------------
