@@ -14,12 +14,12 @@ import json
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import hydra
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
-from instructsam.configs_path import CONFIGS, missing_keys
+from instructsam.configs_path import CONFIGS, complete_settings
 
 
 def inspect(settings: dict[str, Any]) -> dict[str, Any]:
@@ -94,9 +94,7 @@ def notes(found: dict[str, Any]) -> list[str]:
 
 @hydra.main(config_path=CONFIGS, config_name="inspect", version_base="1.3")
 def main(config: DictConfig) -> None:
-    if missing := list(missing_keys(OmegaConf.to_container(config))):
-        sys.exit(f"error: not given: {', '.join(f'{key}=...' for key in missing)}")
-    settings = cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))
+    settings = complete_settings(config)
     try:
         found = inspect(settings)
     except ValueError as error:

@@ -23,16 +23,16 @@ from contextlib import ExitStack
 from itertools import chain
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import hydra
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from tqdm import tqdm
 
-from instructsam.configs_path import CONFIGS, missing_keys
+from instructsam.configs_path import CONFIGS, complete_settings
 from instructsam.data.checks import Skips
 from instructsam.data.leakage import held_out_images
-from instructsam.data.sources import Source, check_files, parse_sources, read_source, table_recipe
+from instructsam.data.sources import Source, check_files, choose, parse_sources, read_source, table_recipe
 from instructsam.data.table import SampleTable, write_table
 from instructsam.structures import Sample
 from instructsam.training.lock import exclusive
@@ -56,7 +56,7 @@ def prepare(settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
             failed (all are named), when the others are done.
     """
     data = settings["data"]
-    sources = _chosen(parse_sources(data.get("sources") or {}), settings.get("only"))
+    sources = choose(parse_sources(data.get("sources") or {}), settings.get("only"))
     if settings["workers"] < 1:
         raise ValueError(f"workers={settings['workers']}: must be at least 1")
     check_files(sources)
@@ -88,16 +88,6 @@ def prepare(settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     if failed:
         raise ValueError(f"{len(failed)} of {len(sources)} sources could not be prepared:{''.join(failed)}")
     return in_order
-
-
-def _chosen(sources: list[Source], only: Sequence[str] | str | None) -> list[Source]:
-    names = [only] if isinstance(only, str) else only
-    if names is None:
-        return sources
-    known = [source.name for source in sources]
-    if unknown := [name for name in names if name not in known]:
-        raise ValueError(f"only: no source {', '.join(unknown)}; there are {', '.join(known)}")
-    return [source for source in sources if source.name in names]
 
 
 def _run(
@@ -142,10 +132,7 @@ def _prepare_one(task: tuple[Source, Mapping[str, Any], Collection[int]]) -> dic
 
     try:
         with ExitStack() as stack:
-            try:
-                stack.enter_context(exclusive(folder.parent / ".locks" / source.name))
-            except ValueError:
-                raise ValueError(f"{folder}: another process is preparing it") from None
+            stack.enter_context(exclusive(folder.parent / ".locks" / source.name))
             return write_table(folder, samples(), table_recipe(source, data), info, skips)
     except (ValueError, OSError) as error:
         return error
@@ -212,9 +199,7 @@ def summary(manifests: Mapping[str, Mapping[str, Any]]) -> str:
 
 @hydra.main(config_path=CONFIGS, config_name="prepare", version_base="1.3")
 def main(config: DictConfig) -> None:
-    if missing := list(missing_keys(OmegaConf.to_container(config))):
-        sys.exit(f"error: not given: {', '.join(f'{key}=...' for key in missing)}")
-    settings = cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))
+    settings = complete_settings(config)
     try:
         prepare(settings)
     except ValueError as error:

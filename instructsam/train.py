@@ -17,13 +17,13 @@ import os
 import sys
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import hydra
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from instructsam.configs_path import CONFIGS, missing_keys
+from instructsam.configs_path import CONFIGS, complete_settings
 from instructsam.training.lock import exclusive
 
 
@@ -68,9 +68,7 @@ def train(settings: dict[str, Any]) -> dict[str, Any]:
 
 @hydra.main(config_path=CONFIGS, config_name="train", version_base="1.3")
 def main(config: DictConfig) -> None:
-    if missing := list(missing_keys(OmegaConf.to_container(config))):
-        sys.exit(f"error: not given: {', '.join(f'{key}=...' for key in missing)}")
-    settings = cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))
+    settings = complete_settings(config)
     first = int(os.environ.get("RANK", 0)) == 0
     try:
         with exclusive(settings["output_dir"]) if first else nullcontext():

@@ -16,13 +16,13 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import hydra
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from tqdm import tqdm
 
-from instructsam.configs_path import CONFIGS, missing_keys
+from instructsam.configs_path import CONFIGS, complete_settings
 from instructsam.data.validation_report import ValidationReport
 
 
@@ -35,7 +35,7 @@ def validate(settings: dict[str, Any]) -> ValidationReport:
     """
     from instructsam.data.leakage import held_out_images
     from instructsam.data.picture_checks import PictureChecks, available_cores
-    from instructsam.data.sources import check_files, parse_sources
+    from instructsam.data.sources import check_files, choose, parse_sources
     from instructsam.data.validation import validate_source, verify_table
 
     workers = available_cores() if settings["workers"] is None else settings["workers"]
@@ -45,12 +45,7 @@ def validate(settings: dict[str, Any]) -> ValidationReport:
     if num_queries is not None and (not isinstance(num_queries, int) or num_queries < 1):
         raise ValueError(f"num_queries={num_queries}: must be at least 1, or null to allow any number of instances")
     data = settings["data"]
-    sources = parse_sources(data["sources"])
-    if settings["only"] is not None:
-        names = [source.name for source in sources]
-        if unknown := [name for name in settings["only"] if name not in names]:
-            raise ValueError(f"only: no source {', '.join(map(repr, unknown))}; there are {', '.join(names)}")
-        sources = [source for source in sources if source.name in settings["only"]]
+    sources = choose(parse_sources(data["sources"]), settings["only"])
     check_files(sources)
     held_out = held_out_images(data.get("held_out") or ()) if any(s.held_out for s in sources) else frozenset()
     title = f"Validation of {data.get('name') or ', '.join(source.name for source in sources)}"
@@ -75,9 +70,7 @@ class _Finished(SystemExit):
 
 @hydra.main(config_path=CONFIGS, config_name="validate", version_base="1.3")
 def main(config: DictConfig) -> None:
-    if missing := list(missing_keys(OmegaConf.to_container(config))):
-        sys.exit(f"error: not given: {', '.join(f'{key}=...' for key in missing)}")
-    settings = cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))
+    settings = complete_settings(config)
     try:
         report = validate(settings)
     except (ValueError, RuntimeError) as error:

@@ -162,7 +162,7 @@ def test_up_to_date_means_settings_and_files(own, world, monkeypatch, capsys):
 def test_only_some_sources(own):
     assert list(prepare(settings_of(own, only=["val"]))) == ["val"]
     assert list(prepare(settings_of(own, only="train"))) == ["train"]
-    with pytest.raises(ValueError, match="only: no source test; there are train, val"):
+    with pytest.raises(ValueError, match="only: no source .test.; there are train, val"):
         prepare(settings_of(own, only=["val", "test"]))
 
 
@@ -255,6 +255,6 @@ def test_an_interrupt_leaves_nothing_half_written(own, monkeypatch):
 
 def test_one_process_at_a_time_makes_a_table(own):
     with exclusive(Path(own["prepared"]) / ".locks" / "train"):
-        with pytest.raises(ValueError, match=r"1 of 2 .*\n  train: .*train: another process is preparing it"):
+        with pytest.raises(ValueError, match=r"1 of 2 .*\n  train: .*train: another process is at work there"):
             prepare(settings_of(own))
         assert list(prepare(settings_of(own, only=["val"]))) == ["val"]

@@ -237,10 +237,7 @@ class CocoFile:
             if entry.get("bbox") is None:
                 raise DataError(f"has no {'bbox' if self.boxes_only else 'segmentation and no bbox'}", "field")
             return _BOX, _BOX_FORM.pack(*_corners(entry["bbox"]))
-        try:
-            rle = masks.segmentation_to_rle(segmentation, height, width)
-        except OverflowError:
-            raise DataError("segmentation: holds a number that is far too large", "polygon outside") from None
+        rle = masks.segmentation_to_rle(segmentation, height, width)
         if not masks.areas([rle], checked=True)[0]:
             raise DataError("the mask is empty (area 0)", "mask empty")
         return _MASK, rle["counts"].encode("ascii")

@@ -18,7 +18,7 @@ from typing import Any
 from PIL import Image
 
 from instructsam import masks
-from instructsam.data.checks import Place, Skips, is_finite, is_size
+from instructsam.data.checks import Place, Skips, is_finite, is_size, is_text
 from instructsam.errors import DataError
 from instructsam.structures import RLE, PhraseTarget, Sample, Turn
 
@@ -92,8 +92,8 @@ class Collector:
             ValueError: an empty instruction, an id that was there already, another size than before.
         """
         identity = f"{self.prefix}/{turn.id}"
-        if not turn.instruction.strip():
-            raise DataError(f"the instruction is empty: {turn.instruction!r}", "text")
+        if not is_text(turn.instruction):
+            raise DataError(f"the instruction is empty, or no text: {turn.instruction!r}", "text")
         if identity in self._where:
             raise DataError(f"id {turn.id!r} is that of {self._where[identity]} too", "duplicate")
         sample = self._samples.get(image)

@@ -75,7 +75,7 @@ def measure(sample: Sample) -> tuple[int, ...]:
 def text_bytes(turn: Turn) -> int:
     """Bytes (UTF-8) of a turn's instruction, phrases and answer."""
     texts = (turn.instruction, *turn.answer, *(phrase.text for phrase in turn.phrases))
-    return sum(len(text.encode()) for text in texts)
+    return sum(len(text.encode("utf-8", "surrogatepass")) for text in texts)
 
 
 class Samples(Protocol):

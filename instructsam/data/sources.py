@@ -23,7 +23,7 @@ import dataclasses
 import functools
 import glob
 import inspect
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -135,6 +135,16 @@ def parse_sources(settings: Mapping[str, Mapping[str, Any] | None]) -> list[Sour
     if not sources:
         raise ValueError("data.sources is empty: nothing to read")
     return sources
+
+
+def choose(sources: list[Source], only: Sequence[str] | str | None) -> list[Source]:
+    """The sources of these names, in their own order; all for None. Raises ValueError for a name that none has."""
+    if only is None:
+        return sources
+    names, known = [only] if isinstance(only, str) else only, [source.name for source in sources]
+    if unknown := [name for name in names if name not in known]:
+        raise ValueError(f"only: no source {', '.join(map(repr, unknown))}; there are {', '.join(known)}")
+    return [source for source in sources if source.name in names]
 
 
 def check_files(sources: Iterable[Source]) -> None:

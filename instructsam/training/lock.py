@@ -21,5 +21,5 @@ def exclusive(folder: str | Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise ValueError(f"{folder}: another process is training there; wait for it or stop it") from error
+            raise ValueError(f"{folder}: another process is at work there; wait for it or stop it") from error
         yield

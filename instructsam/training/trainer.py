@@ -19,7 +19,6 @@ from __future__ import annotations
 import math
 import os
 import random
-import re
 import signal
 import threading
 import zlib
@@ -49,6 +48,7 @@ from instructsam.training.checkpointing import Checkpointer
 from instructsam.training.optim import OptimConfig, build_optimizer, build_schedule, learning_rates
 from instructsam.training.precision import AUTOCAST, cast_frozen, check_master_weights
 from instructsam.training.tracking import Tracking, start_dashboards, tracker_names
+from instructsam.training.workers import close_data, next_batch, start_worker
 
 Batch = dict[str, Any]
 PRECISIONS = ("no", "bf16", "fp16")
@@ -303,7 +303,7 @@ class Trainer:
         terms, losses = self.forward_backward(batches, counts)
         max_norm = self.config.clip_norm or math.inf
         grad_norm = self.accelerator.clip_grad_norm_(self.model.parameters(), max_norm)
-        # One reduction and one wait for the device a step: terms, a flag for trouble, one for stopping, skipped samples.
+        # One reduction and one wait for the device a step: terms, flags for trouble and stopping, skipped samples.
         bad = ~torch.isfinite(losses)
         skipped_ids = [name for batch in batches for name in batch.get("skipped_ids", ())]
         flags = torch.tensor([float(stop_wanted), float(len(skipped_ids))], device=losses.device)
@@ -392,7 +392,7 @@ class Trainer:
             collate_fn=self.collate,
             num_workers=self.config.num_workers,
             pin_memory=self.accelerator.device.type == "cuda",
-            worker_init_fn=ignore_signals,
+            worker_init_fn=start_worker,
             # Without a generator of its own the loader would draw from the global one.
             generator=torch.Generator().manual_seed(self.config.seed),
         )
@@ -466,39 +466,6 @@ class StopSignals:
         if self.received is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.received = signal.Signals(number).name
-
-
-def ignore_signals(_: int = 0) -> None:
-    """For data workers: a terminal signals the whole process group, but the step in progress still needs its data."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-
-
-def next_batch(batches: Iterator[Batch]) -> Batch:
-    """The next micro batch. A ValueError of a data worker is raised with its own message, as without workers."""
-    try:
-        return next(batches)
-    except ValueError as error:
-        # PyTorch puts the worker's whole traceback into the message; the last line of it starts the original one.
-        start = rf"^(?:\w+\.)*{type(error).__name__}: "
-        if str(error).startswith("Caught ") and re.search(start, str(error), re.MULTILINE):
-            raise type(error)(re.split(start, str(error), flags=re.MULTILINE)[-1].strip()) from error
-        raise
-
-
-def close_data(batches: Iterator[Batch]) -> None:
-    """End the data workers, if there are any.
-
-    An exception's traceback would keep the iterator and so its workers alive, and at exit Python would wait for ever
-    for processes that ignore its SIGTERM.
-    """
-    shutdown = getattr(batches, "_shutdown_workers", None)
-    if shutdown is None:  # data are read in this process
-        return
-    shutdown()
-    for worker in getattr(batches, "_workers", ()):
-        if worker.is_alive():  # in the middle of a picture
-            worker.kill()
 
 
 def start_accelerator(config: TrainerConfig) -> Accelerator:

@@ -162,6 +162,7 @@ def stage_train(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     from instructsam.configs_path import CONFIGS
     from instructsam.data.dataset import InstructionDataset
     from instructsam.data.sources import open_sources
+    from instructsam.training.workers import start_worker
 
     processor = full_size_processor()
     imported = time.time()
@@ -172,7 +173,8 @@ def stage_train(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     dataset = InstructionDataset(samples, processor, **{name: options[name] for name in names})
     built = time.time()
     keys = [(0, index) for index in np.random.default_rng(0).permutation(len(dataset)).tolist()]
-    loader = DataLoader(dataset, args.batch, sampler=keys, num_workers=args.workers, collate_fn=processor.collate)
+    how: Any = {"num_workers": args.workers, "collate_fn": processor.collate, "worker_init_fn": start_worker}
+    loader = DataLoader(dataset, args.batch, sampler=keys, **how)
     batches = iter(loader)
     first = next(batches)
     started = time.time()

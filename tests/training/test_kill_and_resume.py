@@ -51,7 +51,7 @@ def test_killed_and_started_again(world, tmp_path):
 
 
 def test_two_runs_in_one_folder(tmp_path):
-    with exclusive(tmp_path), pytest.raises(ValueError, match="another process is training there"), exclusive(tmp_path):
+    with exclusive(tmp_path), pytest.raises(ValueError, match="another process is at work there"), exclusive(tmp_path):
         pass
     with exclusive(tmp_path):
         pass
