@@ -5,6 +5,8 @@
     python -m instructsam.validate data=stage1 only=[refcoco,lvis_v1_train] workers=32
     python -m instructsam.validate data=coco_instructions data.root=data/mine
 
+The held-out instructions of `data.val` are checked too, as the source "val".
+
 Writes validation.jsonl (every problem: source, kind, file, index, reason) and validation.md (by kind, with the first of
 each) to `output_dir`, and prints how many there are of each kind. Source files are read, all of them, whether or not
 tables were prepared from them; of tables that are there (`data.prepared`), the checksums are compared.
@@ -24,6 +26,8 @@ from tqdm import tqdm
 
 from instructsam.configs_path import CONFIGS, complete_settings
 from instructsam.data.validation_report import ValidationReport
+
+VAL = "val"
 
 
 def validate(settings: dict[str, Any]) -> ValidationReport:
@@ -45,7 +49,8 @@ def validate(settings: dict[str, Any]) -> ValidationReport:
     if num_queries is not None and (not isinstance(num_queries, int) or num_queries < 1):
         raise ValueError(f"num_queries={num_queries}: must be at least 1, or null to allow any number of instances")
     data = settings["data"]
-    sources = choose(parse_sources(data["sources"]), settings["only"])
+    wanted = {**data["sources"], **({VAL: data["val"]} if data.get("val") else {})}
+    sources = choose(parse_sources(wanted), settings["only"])
     check_files(sources)
     held_out = held_out_images(data.get("held_out") or ()) if any(s.held_out for s in sources) else frozenset()
     title = f"Validation of {data.get('name') or ', '.join(source.name for source in sources)}"
@@ -57,7 +62,8 @@ def validate(settings: dict[str, Any]) -> ValidationReport:
                     report.add(name, problem)
                     bar.set_postfix(problems=report.total, refresh=False)
 
-                notes = validate_source(source, pictures, add, held_out, num_queries, bar.update)
+                most = None if source.name == VAL else num_queries  # evaluation takes any number of instances
+                notes = validate_source(source, pictures, add, held_out, most, bar.update)
                 if data.get("prepared") and verify_table(Path(data["prepared"]) / source.name, add):
                     notes["prepared table (checksums compared)"] = 1
             report.close_source(source.name, notes)

@@ -59,7 +59,7 @@ def test_the_exit_status_says_what_was_found(world, tmp_path, monkeypatch, capsy
     asked = [f"data.root={world}", f"output_dir={tmp_path}"]
     assert run(monkeypatch, *asked) == 0
     said = capsys.readouterr().out
-    assert "12 samples" in said and "nothing found" in said
+    assert "tiny_world: 12 samples" in said and "val: 6 samples" in said and "nothing found" in said
     assert (tmp_path / "validation.jsonl").read_text() == ""
     assert "Nothing found." in (tmp_path / "validation.md").read_text()
 
@@ -75,7 +75,7 @@ def test_the_exit_status_says_what_was_found(world, tmp_path, monkeypatch, capsy
         (["data.root=/nowhere"], "/nowhere/train/instances.json"),
         (["data=coco_instructions"], "not given: data.root=..."),
         (["data=no_such_data"], "no_such_data"),
-        (["only=[tiny]"], "no source 'tiny'; there are tiny_world"),
+        (["only=[tiny]"], "no source 'tiny'; there are tiny_world, val"),
         (["workers=-1"], "workers=-1: must be a whole number"),
         (["num_queries=0"], "num_queries=0: must be at least 1"),
         (["no_such_setting=1"], "no_such_setting"),

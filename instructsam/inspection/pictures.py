@@ -54,7 +54,8 @@ def turn_overlay(picture: Image.Image, turn: Turn, cell: int) -> Image.Image:
     several = len(turn.phrases) > 1 and len(rles) <= LABELLED
     labels = [_short(phrase.text) if several else "" for phrase in turn.phrases for _ in phrase.rles]
     colors = instance_colors(len(rles))
-    drawn = overlay(picture, rles, labels, colors=colors, min_side=cell, max_side=cell)
+    # No tint: whether the words name the right colour must be seen.
+    drawn = overlay(picture, rles, labels, colors=colors, alpha=0.0, min_side=cell, max_side=cell)
     scale = cell / max(picture.size)
     draw = ImageDraw.Draw(drawn)
     for box, color in zip(masks.bboxes(rles, checked=True) * scale, colors, strict=True):
