@@ -4,7 +4,7 @@
     python -m instructsam.train experiment=tiny_detector           # the quickstart's three runs, one after the other
     python -m instructsam.train experiment=tiny_vlm
     python -m instructsam.train experiment=tiny_world
-    python -m instructsam.train experiment=stage1 data.root=...    # the release's recipe on Qwen3-VL-2B and SAM 3
+    python -m instructsam.train experiment=stage1                  # the release's recipe on Qwen3-VL-2B and SAM 3
     accelerate launch --num_processes 8 -m instructsam.train ...   # many GPUs
     python -m instructsam.train debug=limit                        # two steps of everything
 

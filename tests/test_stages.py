@@ -49,10 +49,10 @@ def losses(folder: Path) -> list[dict]:
 @pytest.mark.slow
 def test_the_whole_chain(world, sharded_qwen3_vl_dir, sam3_dir, tmp_path):
     one, two = tmp_path / "stage1", tmp_path / "stage2"
-    data = f"data.root={world}"
+    data = ("data=tiny_world", f"data.root={world}")
     said = run(
         "instructsam.train", "experiment=stage1", f"model.vlm_path={sharded_qwen3_vl_dir}",
-        f"model.detector_path={sam3_dir}", data, f"output_dir={one}", *SMALL,
+        f"model.detector_path={sam3_dir}", *data, f"output_dir={one}", *SMALL,
     )  # fmt: skip
     assert "Qwen3-VL + SAM 3 layout" in said and "newly initialised: 9" in said
     report = json.loads((one / "load_report.json").read_text())
@@ -69,7 +69,7 @@ def test_the_whole_chain(world, sharded_qwen3_vl_dir, sam3_dir, tmp_path):
     frozen = "language_model.layers.0.self_attn.q_proj.weight"
     assert torch.equal(before[f"model.{frozen}"], after[f"vlm.{frozen}"])
 
-    unmerged = fails("instructsam.train", "experiment=stage2", f"model.checkpoint={one}/checkpoint", data, *SMALL)
+    unmerged = fails("instructsam.train", "experiment=stage2", f"model.checkpoint={one}/checkpoint", *data, *SMALL)
     assert f"python -m instructsam.merge {one}/checkpoint" in unmerged
     assert "merge" in fails("instructsam.export", f"{one}/checkpoint", f"{tmp_path}/no")
     assert not (tmp_path / "no").exists()
@@ -78,7 +78,7 @@ def test_the_whole_chain(world, sharded_qwen3_vl_dir, sam3_dir, tmp_path):
     merged = tensors(one / "merged")
     assert not torch.equal(merged[f"vlm.{frozen}"], after[f"vlm.{frozen}"])
 
-    run("instructsam.train", "experiment=stage2", f"model.checkpoint={one}/merged", data, f"output_dir={two}", *SMALL)
+    run("instructsam.train", "experiment=stage2", f"model.checkpoint={one}/merged", *data, f"output_dir={two}", *SMALL)
     assert len(losses(two)) == 3
     run("instructsam.merge", f"{two}/checkpoint", f"{two}/merged")
 
@@ -117,7 +117,7 @@ def test_two_processes_train_the_real_structure(world, qwen3_vl_dir, sam3_dir, t
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m",
         "instructsam.train", "experiment=stage1", f"model.vlm_path={qwen3_vl_dir}", f"model.detector_path={sam3_dir}",
-        f"data.root={world}", f"output_dir={tmp_path / 'two'}", *SMALL,
+        "data=tiny_world", f"data.root={world}", f"output_dir={tmp_path / 'two'}", *SMALL,
     ]  # fmt: skip
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     result = subprocess.run(
