@@ -36,7 +36,7 @@ KINDS: dict[str, str] = {
     "too many instances": "a phrase has more instances than the model has queries",
     "too many phrases": "a sample has more phrases or instances than the limits allow",
     "too long": "the sample does not fit the longest sequence",
-    "leakage": "the picture belongs to a validation or test split",
+    "leakage": "pictures cannot be told from those of validation and test splits",
     "other": "anything else",
 }
 

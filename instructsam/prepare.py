@@ -5,14 +5,14 @@
     python -m instructsam.prepare data=stage1 workers=4             # four sources at a time
     python -m instructsam.prepare data=stage1 force=true            # also those that are up to date
 
-A table is left alone if its settings are those of the source and the files it was made from have not changed. Pictures
-of validation and test splits are left out here, and counted (`instructsam.data.leakage`). Settings:
-`configs/prepare.yaml`.
+A table is left alone if its settings are those of the source and the annotation files it was made from have not changed
+(`instructsam.data.source_files`; pictures are not looked at). Pictures of validation and test splits are left out here,
+and counted (`instructsam.data.leakage`). Settings: `configs/prepare.yaml`. A table holds a source as a whole:
+`data.limit` is for those who read it.
 """
 
 from __future__ import annotations
 
-import glob
 import signal
 import sys
 import time
@@ -20,7 +20,6 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
-from itertools import chain
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -31,13 +30,23 @@ from tqdm import tqdm
 
 from instructsam.configs_path import CONFIGS, complete_settings
 from instructsam.data.checks import Skips
-from instructsam.data.leakage import held_out_images
-from instructsam.data.sources import Source, check_files, choose, parse_sources, read_source, table_recipe
+from instructsam.data.leakage import Leakage
+from instructsam.data.picture_checks import number_of_workers
+from instructsam.data.sources import (
+    Source,
+    check_files,
+    choose,
+    held_out_files,
+    held_out_of,
+    parse_sources,
+    read_source,
+    source_stamps,
+    table_recipe,
+)
 from instructsam.data.table import SampleTable, write_table
 from instructsam.structures import Sample
 from instructsam.training.lock import exclusive
 
-DEFAULT_FOLDER = "data/prepared"
 COLUMNS = ("samples", "turns", "masks", "no-target", "skipped", "held out", "seconds", "MB")
 
 
@@ -46,33 +55,36 @@ def prepare(settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
     Args:
         settings: ``data`` as for `open_sources`, with ``on_bad`` and ``max_bad``; ``only``, names of sources;
-            ``force``; ``workers``.
+            ``force``; ``workers``, null for one a core.
 
     Returns:
         The manifest of every table by source, those included that were left alone.
 
     Raises:
-        ValueError: unknown settings or names, missing files (all are named) before anything is read; sources that
-            failed (all are named), when the others are done.
+        ValueError: unknown settings or names, no folder to write to, missing files (all are named) before anything is
+            read; sources that failed (all are named), when the others are done.
     """
     data = settings["data"]
     sources = choose(parse_sources(data.get("sources") or {}), settings.get("only"))
-    if settings["workers"] < 1:
-        raise ValueError(f"workers={settings['workers']}: must be at least 1")
+    workers = number_of_workers(settings["workers"], least=1)
+    if not data.get("prepared"):
+        raise ValueError(
+            "data.prepared is null: training reads the files, and would not look at tables. To have tables, give "
+            "data.prepared=FOLDER here, and to train and inspect too"
+        )
     check_files(sources)
+    files = held_out_files(sources, data)
     done: dict[str, dict[str, Any]] = {}
     for source in () if settings["force"] else sources:
         if (manifest := _up_to_date(source, data)) is not None:
             done[source.name] = manifest
             print(f"{source.name}: up to date ({manifest['counts']['samples']} samples)", flush=True)
     waiting = [source for source in sources if source.name not in done]
-    held_out: frozenset[int] = frozenset()
+    held_out = held_out_of(waiting, data)
     if any(source.held_out for source in waiting):
-        files = data.get("held_out") or ()
-        held_out = held_out_images(files)
         print(f"{len(held_out)} pictures of validation and test splits, from {len(files)} files", flush=True)
     failed: list[str] = []
-    for source, result in _run(waiting, data, held_out, settings["workers"]):
+    for source, result in _run(waiting, data, held_out, workers):
         if isinstance(result, Exception):
             failed.append(f"\n  {source.name}: {result}")
             print(f"{source.name}: failed: {result}", file=sys.stderr, flush=True)
@@ -117,18 +129,13 @@ def _prepare_one(task: tuple[Source, Mapping[str, Any], Collection[int]]) -> dic
     folder = table_folder(source, data)
     start = time.monotonic()
     skips = Skips(data.get("on_bad") or "raise", data.get("max_bad"))
-    dropped: dict[str, int] = {"samples": 0, "pictures": 0}
-    pictures: set[Path | None] = set()
-    info: dict[str, Any] = {"files": _stamps(source, data), "skipped": skips.counts, "held_out": dropped}
-
-    def drop(sample: Sample) -> None:
-        pictures.add(sample.image)
-        dropped.update(samples=dropped["samples"] + 1, pictures=len(pictures))
+    leakage = Leakage()
+    info: dict[str, Any] = {"files": source_stamps(source, data), "skipped": skips.counts, "aside": skips.aside}
 
     def samples() -> Iterator[Sample]:
-        read = read_source(source, skips, held_out, drop)
+        read = read_source(source, skips, held_out, leakage)
         yield from tqdm(read, desc=source.name, unit=" samples", disable=None, leave=False)
-        info["seconds"] = round(time.monotonic() - start, 1)
+        info.update(held_out=leakage.counts(), seconds=round(time.monotonic() - start, 1))
 
     try:
         with ExitStack() as stack:
@@ -140,7 +147,7 @@ def _prepare_one(task: tuple[Source, Mapping[str, Any], Collection[int]]) -> dic
 
 def table_folder(source: Source, data: Mapping[str, Any]) -> Path:
     """Where the table of a source lies."""
-    return Path(data.get("prepared") or DEFAULT_FOLDER) / source.name
+    return Path(data["prepared"]) / source.name
 
 
 def _up_to_date(source: Source, data: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -149,18 +156,7 @@ def _up_to_date(source: Source, data: Mapping[str, Any]) -> dict[str, Any] | Non
         table = SampleTable(table_folder(source, data), table_recipe(source, data))
     except ValueError:
         return None
-    return table.manifest if table.manifest["info"].get("files") == _stamps(source, data) else None
-
-
-def _stamps(source: Source, data: Mapping[str, Any]) -> dict[str, list[int]]:
-    """Size in bytes and time of change (ns) of the files that a source is read from. Folders are not looked into."""
-    named = chain(source.needs, source.options.values(), (data.get("held_out") or ()) if source.held_out else ())
-    paths: set[Path] = set()
-    for name in named:
-        if isinstance(name, str) and name:
-            paths.update(map(Path, [name, *glob.glob(name)]))
-    found = {str(path): path.stat() for path in sorted(paths) if path.is_file()}
-    return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in found.items()}
+    return table.manifest if table.manifest["info"].get("files") == source_stamps(source, data) else None
 
 
 # ---- what is printed ------------------------------------------------------------------------------------------------
@@ -180,9 +176,15 @@ def _line(manifest: Mapping[str, Any]) -> str:
     parts = [f"{samples} samples, {turns} turns, {masks} masks, {no_target} no-target"]
     if skipped := manifest["info"]["skipped"]:
         parts.append("skipped " + ", ".join(f"{number} {what}" for what, number in sorted(skipped.items())))
+    if aside := manifest["info"]["aside"]:
+        parts.append("cannot be used: " + ", ".join(f"{number} {what}" for what, number in sorted(aside.items())))
     if (dropped := manifest["info"]["held_out"])["samples"]:
         parts.append(
             f"left out {dropped['samples']} samples about {dropped['pictures']} pictures of validation and test splits"
+        )
+    if dropped["unknown"]:
+        parts.append(
+            f"warning: kept {dropped['unknown']} samples though their pictures' names give no COCO id to tell by"
         )
     return "; ".join([*parts, f"{seconds} s, {size} MB"])
 

@@ -8,8 +8,9 @@
 The held-out instructions of `data.val` are checked too, as the source "val".
 
 Writes validation.jsonl (every problem: source, kind, file, index, reason) and validation.md (by kind, with the first of
-each) to `output_dir`, and prints how many there are of each kind. Source files are read, all of them, whether or not
-tables were prepared from them; of tables that are there (`data.prepared`), the checksums are compared.
+each) to `output_dir`, and prints how many there are of each kind. Source files are read, all of them (of each source
+the first `data.limit` samples, if that is set), whether or not tables were prepared from them; of tables that are there
+(`data.prepared`), the checksums are compared.
 
 Exit status: 0 nothing found, 1 problems found, 2 it could not run. Settings: `configs/validate.yaml`.
 """
@@ -37,22 +38,26 @@ def validate(settings: dict[str, Any]) -> ValidationReport:
         ValueError: settings that cannot work, source files that are not there (all are named).
         RuntimeError: a process that opens pictures died.
     """
-    from instructsam.data.leakage import held_out_images
-    from instructsam.data.picture_checks import PictureChecks, available_cores
-    from instructsam.data.sources import check_files, choose, parse_sources
+    from instructsam.data.limits import TOO_MANY
+    from instructsam.data.picture_checks import PictureChecks, number_of_workers
+    from instructsam.data.sources import check_files, choose, held_out_of, limit_of, parse_sources
     from instructsam.data.validation import validate_source, verify_table
 
-    workers = available_cores() if settings["workers"] is None else settings["workers"]
-    if not isinstance(workers, int) or isinstance(workers, bool) or workers < 0:
-        raise ValueError(f"workers={workers}: must be a whole number, or null for one a core")
+    workers = number_of_workers(settings["workers"], least=0)
     num_queries = settings["num_queries"]
     if num_queries is not None and (not isinstance(num_queries, int) or num_queries < 1):
         raise ValueError(f"num_queries={num_queries}: must be at least 1, or null to allow any number of instances")
     data = settings["data"]
+    too_many = data.get("too_many_instances") or "raise"
+    if too_many not in TOO_MANY:
+        raise ValueError(f"data.too_many_instances={too_many!r} is not one of {', '.join(TOO_MANY)}")
+    if data.get("val") and data["sources"].get(VAL):
+        raise ValueError(f"data.sources.{VAL}: that is what data.val is called here; give the source another name")
+    limit = limit_of(data)
     wanted = {**data["sources"], **({VAL: data["val"]} if data.get("val") else {})}
     sources = choose(parse_sources(wanted), settings["only"])
     check_files(sources)
-    held_out = held_out_images(data.get("held_out") or ()) if any(s.held_out for s in sources) else frozenset()
+    held_out = held_out_of(sources, data)
     title = f"Validation of {data.get('name') or ', '.join(source.name for source in sources)}"
     with ValidationReport(Path(settings["output_dir"]), title) as report, PictureChecks(workers) as pictures:
         for source in sources:
@@ -62,8 +67,9 @@ def validate(settings: dict[str, Any]) -> ValidationReport:
                     report.add(name, problem)
                     bar.set_postfix(problems=report.total, refresh=False)
 
-                most = None if source.name == VAL else num_queries  # evaluation takes any number of instances
-                notes = validate_source(source, pictures, add, held_out, most, bar.update)
+                # Evaluation takes all held-out samples, with any number of instances.
+                most, first = (None, None) if source.name == VAL and data.get("val") else (num_queries, limit)
+                notes = validate_source(source, pictures, add, held_out, most, bar.update, too_many, first)
                 if data.get("prepared") and verify_table(Path(data["prepared"]) / source.name, add):
                     notes["prepared table (checksums compared)"] = 1
             report.close_source(source.name, notes)

@@ -20,9 +20,9 @@ from instructsam.models.factory import SETTINGS
 from instructsam.models.lora import LoraSettings
 from instructsam.models.placement import as_dtype
 from instructsam.training.build import OBJECTIVES
-from instructsam.training.checkpointing import fingerprint_differences
+from instructsam.training.checkpoint_files import fingerprint_differences
+from instructsam.training.config import TrainerConfig
 from instructsam.training.optim import OptimConfig
-from instructsam.training.trainer import TrainerConfig
 
 
 def choices(group: str) -> list[str]:

@@ -101,7 +101,8 @@ def test_tables_hold_what_the_files_say(own, capsys):
 
 
 def test_pictures_of_other_splits_are_left_out_and_counted(sharing, capsys):
-    everything = open_sources({**sharing, "prepared": None, "held_out": []})
+    unguarded = {name: {**source, "held_out": False} for name, source in sharing["sources"].items()}
+    everything = open_sources({**sharing, "prepared": None, "sources": unguarded})
     about = [coco_id(everything[k].image) for k in range(len(everything.parts[0]))]
     assert set(about) == {1, 2, 3, 4}
     manifests = prepare(settings_of(sharing))
@@ -109,8 +110,12 @@ def test_pictures_of_other_splits_are_left_out_and_counted(sharing, capsys):
     pictures = {name: {coco_id(table[k].image) for k in range(len(table))} for name, table in tables.items()}
     assert pictures == {"guarded": {3, 4}, "other_pictures": {5}, "unguarded": {1, 2, 3, 4}}
     left_out = {name: manifest["info"]["held_out"] for name, manifest in manifests.items()}
-    none, dropped = {"samples": 0, "pictures": 0}, sum(picture < 3 for picture in about)
-    assert left_out == {"guarded": {"samples": dropped, "pictures": 2}, "other_pictures": none, "unguarded": none}
+    none, dropped = {"samples": 0, "pictures": 0, "unknown": 0}, sum(picture < 3 for picture in about)
+    assert left_out == {
+        "guarded": {"samples": dropped, "pictures": 2, "unknown": 0},
+        "other_pictures": none,
+        "unguarded": none,
+    }
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "2 pictures of validation and test splits, from 1 files"
     assert f"left out {dropped} samples about 2 pictures of validation and test splits" in lines[1]
@@ -126,7 +131,10 @@ def test_a_picture_of_several_samples_is_counted_once(sharing, monkeypatch):
     monkeypatch.setitem(READERS, "listed", lambda skips=None: iter(samples))
     sharing["sources"] = {"listed": {"reader": "listed", "held_out": True}}
     manifest = prepare(settings_of(sharing))["listed"]
-    assert manifest["info"]["held_out"] == {"samples": 6, "pictures": 2} and manifest["counts"]["samples"] == 12
+    assert (
+        manifest["info"]["held_out"] == {"samples": 6, "pictures": 2, "unknown": 0}
+        and manifest["counts"]["samples"] == 12
+    )
 
 
 def test_up_to_date_means_settings_and_files(own, world, monkeypatch, capsys):
@@ -172,8 +180,10 @@ def test_sources_are_read_side_by_side(own):
     assert {name: manifest["shards"] for name, manifest in alone.items()} == {
         name: manifest["shards"] for name, manifest in together.items()
     }
-    with pytest.raises(ValueError, match="workers=0"):
-        prepare(settings_of(own, workers=0))
+    assert list(prepare(settings_of(own, workers=None))) == ["train", "val"]  # one a core
+    for workers in (0, -1, "2", True):
+        with pytest.raises(ValueError, match=f"workers={workers}: must be a whole number of at least 1, or null"):
+            prepare(settings_of(own, workers=workers))
 
 
 def test_an_unexpected_number_of_samples_is_told(own, capsys):
@@ -182,6 +192,76 @@ def test_an_unexpected_number_of_samples_is_told(own, capsys):
     for _ in range(2):  # the second time it is up to date
         prepare(settings_of(own))
         assert capsys.readouterr().err.splitlines() == ["warning: train: 12 samples, expected 13"]
+
+
+def test_pictures_that_cannot_be_told_from_held_out_ones_are_told(sharing, monkeypatch, capsys):
+    other = dataclasses.replace(make(1)[0], id="other", image=Path("dog.jpg"))
+    monkeypatch.setitem(READERS, "listed", lambda skips=None: iter([*make(6), other]))
+    sharing["sources"] = {"listed": {"reader": "listed", "held_out": True}}
+    manifest = prepare(settings_of(sharing))["listed"]
+    assert manifest["info"]["held_out"] == {"samples": 2, "pictures": 2, "unknown": 1}
+    assert "warning: kept 1 samples though their pictures' names give no COCO id" in capsys.readouterr().out
+    monkeypatch.setitem(READERS, "listed", lambda skips=None: iter([other]))
+    with pytest.raises(ValueError, match="listed: held_out is true, but no picture of listed is named by a COCO id"):
+        prepare(settings_of(sharing, force=True))
+    with pytest.raises(ValueError, match="^listed: held_out is true, but data.held_out names no file"):
+        prepare(settings_of({**sharing, "held_out": []}))
+
+
+def test_what_cannot_be_used_is_in_the_manifest_and_told(own, tmp_path, capsys):
+    def entry(kind: str, shape: list[int]) -> dict[str, Any]:
+        return {"type": "phrase", "text": "a cup", "ann_type": kind, "ann": [shape]}
+
+    record = {
+        "image": "a.jpg",
+        "height": 40,
+        "width": 40,
+        "annotation": [entry("point", [1, 1]), entry("bbox", [1, 1, 9, 9])],
+    }
+    save_json(tmp_path / "a.json", [record] * 3)
+    own["sources"] = {"a": {"reader": "release_train", "file": f"{tmp_path}/a.json", "image_root": str(tmp_path)}}
+    manifest = prepare(settings_of(own))["a"]
+    assert manifest["info"]["aside"] == {"point annotations": 3} and manifest["counts"]["turns"] == 3
+    assert "; cannot be used: 3 point annotations; " in capsys.readouterr().out
+
+
+def test_tables_that_training_would_not_open_are_not_made(own, world):
+    with pytest.raises(ValueError, match="data.prepared is null: training .* give data.prepared=FOLDER"):
+        prepare(settings_of({**own, "prepared": None}))
+    failed = command("data=tiny_world", f"data.root={world}")
+    assert failed.returncode == 1 and failed.stderr.startswith("error: data.prepared is null")
+
+
+def test_a_table_holds_everything_and_its_readers_take_a_part(own):
+    manifests = prepare(settings_of({**own, "limit": 2}))
+    assert [manifest["counts"]["samples"] for manifest in manifests.values()] == [12, 6]
+    assert [len(part) for part in open_sources({**own, "limit": 2}).parts] == [2, 2]
+
+
+def test_the_files_of_a_source_without_needs_are_compared(own, world):
+    del own["sources"]["train"]["needs"]
+    instructions = world / "train" / "instructions.jsonl"
+    first = prepare(settings_of(own))["train"]["info"]["files"]
+    assert {Path(name).name for name in first} == {"instances.json", "instructions.jsonl"}
+    times = instructions.stat()
+    try:
+        os.utime(instructions, ns=(times.st_atime_ns, times.st_mtime_ns + 10**9))
+        assert prepare(settings_of(own))["train"]["info"]["files"] != first
+    finally:
+        os.utime(instructions, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+
+def test_sizes_that_no_table_can_hold_cost_their_record_alone(own, tmp_path):
+    annotation = [{"type": "phrase", "text": "a cup", "ann_type": "mask", "ann": None}]
+    record = {"image": "a.jpg", "height": 40, "width": 40, "annotation": annotation}
+    save_json(
+        tmp_path / "a.json", [record, {**record, "height": 2**40}, record, {**record, "height": 2**20, "width": 2**20}]
+    )
+    own["sources"] = {"a": {"reader": "release_train", "file": f"{tmp_path}/a.json", "image_root": str(tmp_path)}}
+    with pytest.raises(ValueError, match=r"a.json: \[1\]: 1099511627776x40 pixels are more than a mask can have"):
+        prepare(settings_of(own))
+    manifest = prepare(settings_of({**own, "on_bad": "skip"}))["a"]
+    assert manifest["info"]["skipped"] == {"records": 2} and manifest["counts"]["samples"] == 2
 
 
 # ---- failures -------------------------------------------------------------------------------------------------------

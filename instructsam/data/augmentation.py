@@ -8,6 +8,8 @@ doubtful:
   talk of letters, words, text, numbers, labels or of what something says, clocks and their directions, east and west;
 - "right" or "left" that may be no direction: "right behind", "right next to", "right now", "all right", "what is left",
   "left over", "left behind", before or after the flip ("left in front" would become "right in front");
+- places in an order, which counts from the left where nothing else is said ("second zebra", "the last elephant in the
+  row", "the next dog"), but for those that say where it begins ("2nd from right", "third row from the top");
 - abbreviations and misspellings of the two ("guy on L", "rigth"), and words unknown to this file that contain them;
 - answers in plain words, which may say more than the picture does.
 
@@ -22,13 +24,14 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from PIL import Image, ImageEnhance
 
 from instructsam import masks
+from instructsam.data.reader_options import from_settings
 from instructsam.structures import RLE, PhraseTarget, Sample, Turn
 
 
@@ -78,10 +81,7 @@ class Augmentation:
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> Augmentation:
         """From a configuration. Raises ValueError for an unknown name or a value out of range."""
-        known = [item.name for item in fields(cls)]
-        if unknown := sorted(set(values) - set(known)):
-            raise ValueError(f"augmentation: unknown {', '.join(unknown)}; known are {', '.join(known)}")
-        return cls(**values)
+        return from_settings(cls, "augmentation", values)
 
     def draw(self, sample: Sample, rng: np.random.Generator) -> PictureChange:
         """What is done to the sample's picture this time; its turns are those that will be asked, not worded yet."""
@@ -192,13 +192,31 @@ _DOUBTFUL = re.compile(
     re.IGNORECASE,
 )
 
+_NUMERAL = (
+    r"first|second|third|fourth|fifth|sixth|seventh|eighth|ninth|tenth|eleventh|twelfth|\d+(?:st|nd|rd|th)|last|final|"
+    r"penultimate|next(?!\s+to\b)"
+)
+_ORDINAL = re.compile(rf"\b(?:{_NUMERAL})\b(?:(\s+(?:left|right)most)\b)?", re.IGNORECASE)
+"""A place in an order; with a group where the word behind says in which."""
+_BEGINNING = re.compile(
+    r"\bfrom\s+(?:the\s+)?(?:(?:far|very)\s+)?(?:left|right|top|bottom|front|back|rear|above|below)\b", re.IGNORECASE
+)
+
+
+def _orders_are_clear(text: str) -> bool:
+    """Does every place in an order come with where the order begins?"""
+    open_ends = sum(not found[1] for found in _ORDINAL.finditer(text))
+    return open_ends <= len(_BEGINNING.findall(text))
+
 
 def sides_are_clear(text: str) -> bool:
     """Is nothing in the text to be read in the picture, and does every "left" or "right" in it mean a side?
 
+    A place in an order must say where the order begins, as it is counted from the left else.
+
     The answer is the same for the text with its sides swapped: no pattern treats the two differently.
     """
-    if _DOUBTFUL.search(text):
+    if _DOUBTFUL.search(text) or not _orders_are_clear(text):
         return False
     sides = list(_SIDE.finditer(text))
     known = {found.start(): found.group() for found in sides}

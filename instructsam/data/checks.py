@@ -11,8 +11,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from reprlib import repr as short
 from typing import Any, Literal
 
+from instructsam import masks
 from instructsam.errors import Consequence, DataError, at, kind_of
 
 logger = logging.getLogger(__name__)
@@ -156,3 +158,20 @@ def is_finite(value: Any) -> bool:
 def is_size(value: Any) -> bool:
     """A positive number of pixels."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def check_size(height: Any, width: Any) -> tuple[int, int]:
+    """Height and width of a picture. Raises DataError for what is no size, or more pixels than a mask can have."""
+    for name, value in (("height", height), ("width", width)):
+        if not is_size(value):
+            raise DataError(f"{name} must be a positive number of pixels, got {short(value)}", "field")
+    if height * width > masks.MAX_PIXELS:
+        raise DataError(f"{short(height)}x{short(width)} pixels are more than a mask can have", "field")
+    return height, width
+
+
+def check_four(box: Any, what: str = "bbox") -> list[float]:
+    """A box as a list of four numbers, whatever they are. Raises DataError for anything else."""
+    if not isinstance(box, list) or len(box) != 4 or not all(map(is_number, box)):
+        raise DataError(f"{what} must be four numbers, got {short(box)}", "box form")
+    return box

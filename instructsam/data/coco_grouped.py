@@ -32,9 +32,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from instructsam import masks
-from instructsam.data.checks import Place, Skips, is_id, is_size
+from instructsam.data.checks import Place, Skips, check_four, check_size, is_id
 from instructsam.data.coco_instances import annotation_name
 from instructsam.data.json_stream import stream_json
+from instructsam.data.release_markup import check_file_name, check_text
 from instructsam.errors import DataError
 from instructsam.structures import RLE, PhraseTarget
 
@@ -96,11 +97,7 @@ class _Images:
             raise DataError(f"id {entry['id']!r} occurs a second time", "duplicate")
         self.rows[identity] = -1
         name = _file_name(entry)
-        for key in ("height", "width"):
-            if not is_size(entry.get(key)):
-                raise DataError(f"{key} must be a positive number of pixels, got {entry.get(key)!r}", "field")
-        if entry["height"] * entry["width"] > masks.MAX_PIXELS:
-            raise DataError(f"{entry['height']}x{entry['width']} pixels are more than a mask can have", "field")
+        check_size(entry.get("height"), entry.get("width"))
         negative, unexhaustive = (_ids(entry, f"{key}_category_ids") for key in ("neg", "not_exhaustive"))
         row = self.rows[identity] = len(self.names)
         prefix = next((prefix for prefix in prefixes if name.startswith(prefix)), "")
@@ -344,6 +341,7 @@ def _add_category(entry: Any, entries: dict[str, dict[str, Any]]) -> None:
         raise DataError("expected an object with an id (a number or a string)", "field")
     if not isinstance(entry.get("name"), str) or not any(map(str.isalnum, entry["name"])):
         raise DataError(f"the name is empty or missing: {entry.get('name')!r}", "text")
+    check_text(entry["name"], "the name")
     if str(entry["id"]) in entries:
         raise DataError(f"id {entry['id']!r} occurs a second time", "duplicate")
     entries[str(entry["id"])] = entry
@@ -355,7 +353,7 @@ def _file_name(entry: dict[str, Any]) -> str:
         name = "/".join(url.split("/")[-2:])
     if not isinstance(name, str) or not name:
         raise DataError("has no file_name (and no coco_url)", "field")
-    return name
+    return check_file_name(name)
 
 
 def _ids(entry: dict[str, Any], key: str) -> list[str] | None:
@@ -376,9 +374,7 @@ def _whole(entry: dict[str, Any], key: str) -> int:
 
 def _corners(box: Any) -> tuple[float, float, float, float]:
     """[x, y, w, h] as x1, y1, x2, y2."""
-    if not isinstance(box, list) or len(box) != 4 or not all(type(value) in (int, float) for value in box):
-        raise DataError(f"bbox must be four numbers [x, y, w, h], got {str(box)[:60]}", "box form")
-    if any(abs(value) > masks.MAX_PIXELS for value in box):  # infinite too; NaN is found later
+    if any(abs(value) > masks.MAX_PIXELS for value in check_four(box)):  # infinite too; NaN is found later
         finite = all(abs(value) != float("inf") for value in box)
         raise DataError(f"bbox {str(box)[:60]} lies outside any picture", "box outside" if finite else "box nan")
     x, y, width, height = map(float, box)

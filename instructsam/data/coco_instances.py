@@ -10,7 +10,8 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from instructsam.data.checks import Place, Skips, is_id, is_size, read_json
+from instructsam.data.checks import Place, Skips, check_size, is_id, read_json
+from instructsam.data.release_markup import check_file_name
 from instructsam.errors import Consequence, DataError
 
 
@@ -52,9 +53,8 @@ def _check_image(entry: Any) -> None:
         raise DataError(f"id must be a number or a string, got {entry.get('id')!r}", "field")
     if not isinstance(entry.get("file_name"), str) or not entry["file_name"]:
         raise DataError("has no file_name", "field")
-    for key in ("height", "width"):
-        if not is_size(entry.get(key)):
-            raise DataError(f"{key} must be a positive number of pixels, got {entry.get(key)!r}", "field")
+    check_file_name(entry["file_name"])
+    check_size(entry.get("height"), entry.get("width"))
 
 
 def annotations_by_image(

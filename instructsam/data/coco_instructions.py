@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from instructsam import masks
-from instructsam.data.checks import Place, Skips, is_finite, is_id, is_number, is_text, parse_json, read_bytes
+from instructsam.data.checks import Place, Skips, check_four, is_finite, is_id, is_text, parse_json
 from instructsam.data.coco_instances import (
     annotation_name,
     annotations_by_image,
@@ -32,6 +32,7 @@ from instructsam.data.coco_instances import (
     listed_ids,
     load_instances,
 )
+from instructsam.data.json_stream import stream_json_lines
 from instructsam.errors import Consequence, DataError
 from instructsam.structures import RLE, PhraseTarget, Sample, Turn
 
@@ -161,9 +162,7 @@ def _check_together(
 def _object(entry: dict[str, Any], height: int, width: int, categories: dict[Any, str], checked: RLE | None) -> _Object:
     box = entry.get("bbox")
     if box is not None:
-        if not isinstance(box, list) or len(box) != 4 or not all(map(is_number, box)):
-            raise DataError(f"bbox must be four numbers [x, y, w, h], got {box!r}", "box form")
-        if not all(map(is_finite, box)):
+        if not all(map(is_finite, check_four(box))):
             raise DataError(f"bbox must be four numbers, all finite, [x, y, w, h], got {box!r}", "box nan")
         if box[2] <= 0 or box[3] <= 0:
             raise DataError(f"bbox {box} has no extent", "box extent")
@@ -207,12 +206,9 @@ def _instructions_by_image(
     path: Path, images: dict[Any, dict[str, Any]], skips: Skips, lost: set[Any]
 ) -> dict[Any, list[tuple[int, dict[str, Any]]]]:
     """Instructions (with their line numbers) by image id; their phrases are not looked up yet."""
-    lines = read_bytes(path).splitlines()
     by_image: dict[Any, list[tuple[int, dict[str, Any]]]] = {}
     seen: dict[str, int] = {}
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
+    for number, line in stream_json_lines(path):
         with skips.entry("instructions", Place(path, str(number))):
             entry = parse_json(line)
             _check_instruction(entry)

@@ -9,18 +9,21 @@ The turns are asked in random order, each by itself, except that
 - no-target turns may be left out, always or with a probability;
 - the turns of a dialogue (all of them of the kind "conversation") keep their order, as one refers to another.
 
-What goes beyond the limits is left out of a draw: as the order is random, all of it is seen over the epochs.
+What goes beyond the limits is left out of a draw: as the order is random, all of it is seen over the epochs. A dialogue
+is an exception: it is always asked from its beginning, since a later turn may mean nothing without those before it, and
+what is beyond the limits or beyond ``turns_per_image`` is never asked.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
 
 from instructsam import masks
+from instructsam.data.reader_options import from_settings
 from instructsam.structures import RLE, Sample, Turn
 
 Group: TypeAlias = tuple[Turn, ...]
@@ -70,10 +73,7 @@ class Composition:
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> Composition:
         """From a configuration. Raises ValueError for an unknown name or a value out of range."""
-        known = [item.name for item in fields(cls)]
-        if unknown := sorted(set(values) - set(known)):
-            raise ValueError(f"composition: unknown {', '.join(unknown)}; known are {', '.join(known)}")
-        return cls(**values)
+        return from_settings(cls, "composition", values)
 
     def draw(self, sample: Sample, rng: np.random.Generator) -> list[Group]:
         """What is asked this time, in order and within the limits.
@@ -81,7 +81,7 @@ class Composition:
         At least one group, unless ``no_target`` is "drop" and the sample has nothing else, or no turn is within the
         limits by itself.
         """
-        if sample.turns and all(turn.kind == CONVERSATION for turn in sample.turns):
+        if is_dialogue(sample):
             return self._limited([(turn,) for turn in sample.turns], in_order=True)
         turns = [sample.turns[k] for k in rng.permutation(len(sample.turns))]
         if self.no_target != "keep":
@@ -123,6 +123,11 @@ class Composition:
             if part:
                 kept.append(tuple(part))
         return kept
+
+
+def is_dialogue(sample: Sample) -> bool:
+    """Do its turns follow one upon another?"""
+    return bool(sample.turns) and all(turn.kind == CONVERSATION for turn in sample.turns)
 
 
 def num_instances(turn: Turn) -> int:

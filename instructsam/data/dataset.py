@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Mapping
-from itertools import islice
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -17,11 +16,12 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch.utils.data import Dataset
 
-from instructsam.data.augmentation import Augmentation, PictureChange, flip_sample
+from instructsam.data import item_sizes
+from instructsam.data.asking import Asking
+from instructsam.data.augmentation import Augmentation, PictureChange
 from instructsam.data.composition import Composition
 from instructsam.data.limits import Limits
-from instructsam.data.samples import Samples
-from instructsam.data.wording import word, word_joint
+from instructsam.data.samples import Mixture, Samples, SampleSizes
 from instructsam.errors import DataError, at
 from instructsam.processing.images import load_image
 from instructsam.processing.processor import InstructSAMProcessor
@@ -37,11 +37,12 @@ class InstructionDataset(Dataset):
     """Samples with some of their turns, newly drawn in every epoch.
 
     Args:
-        samples: by number, from memory or from disk; those left out are never seen, see ``rows``.
+        samples: by number, from memory or from disk; those left out are never seen, see ``rows``. A `Mixture` says how
+            often an epoch sees each of the others; else it is once.
         processor: encodes them.
         turns_per_image: how many instructions are asked about an image at once (all, if there are fewer).
         independent_turns: turns see the image and themselves only (several instructions share one image's tokens), else
-            they form one conversation.
+            they form one conversation. Of a dialogue, only the first turn is asked then, as others refer to it.
         seed: of the draws.
         too_many_instances: what becomes of a phrase with more instances than the processor has queries: "drop" leaves
             it out, "truncate" keeps the first instances, "raise" takes it for a bad record.
@@ -56,7 +57,8 @@ class InstructionDataset(Dataset):
     records: the last of a draw are left out until the rest fits.
 
     Attributes:
-        rows: (len,) int64, the samples that have something to ask.
+        rows: (usable,) int64, the samples that have something to ask.
+        draws: which of these the items of an epoch are.
         left_out: counts of what is left out.
 
     Raises:
@@ -81,82 +83,81 @@ class InstructionDataset(Dataset):
             composition = Composition.from_mapping(composition or {})
         if not isinstance(augmentation, Augmentation):
             augmentation = Augmentation.from_mapping(augmentation or {})
-        self.samples = samples
+        self.samples = samples if isinstance(samples, Mixture) else Mixture({"samples": samples})
         self.processor = processor
         self.turns_per_image = turns_per_image
         self.independent_turns = independent_turns
         self.seed = seed
         self.on_bad = on_bad
-        self.composition = composition
-        self.augmentation = augmentation
+        self.asking = Asking(composition, augmentation, turns_per_image, independent_turns)
         self.limits = Limits(processor, composition, too_many_instances, on_bad, turns_per_image, independent_turns)
-        usable = self.limits.select(samples)
+        usable = self.limits.select(self.samples)
         self.rows, self._limited, self.left_out = usable.rows, usable.limited, usable.left_out
         self._skipped = 0
         if not len(self.rows):
             raise ValueError("no sample has a turn to train on")
+        self.draws = self.samples.draws(self.rows, seed)
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.draws)
 
-    def num_masks(self) -> NDArray[np.float64]:
-        """(len,) how many masks each item has to match, on average over what `draw` may ask: sizes for the sampler.
+    def num_masks(self, epoch: int = 0) -> NDArray[np.float64]:
+        """(len,) how many masks each item of an epoch has to match; estimates, see `instructsam.data.item_sizes`."""
+        return self._sizes_by(item_sizes.num_masks, epoch)
 
-        Exact for samples that are asked turn by turn and within all limits. Else an estimate, as it comes from the
-        samples' sizes: of too large phrases the largest alone is taken off, turns are taken to be alike, those asked
-        together count as if asked one by one, and what max_length and ``no_target`` leave out is not considered.
-        """
-        sizes = self.samples.sizes.take(self.rows)
-        most = self.processor.num_queries
-        gone = sizes.most if self.limits.too_many_instances == "drop" else sizes.most - most
-        masks = np.where(sizes.most > most, sizes.masks - gone, sizes.masks).astype(np.float64)
-        asked = self.turns_per_image / np.maximum(sizes.turns, 1)
-        if self.composition.max_phrases is not None:
-            asked = np.minimum(asked, self.composition.max_phrases / np.maximum(sizes.phrases, 1))
-        return np.minimum(masks * np.minimum(asked, 1.0), self.composition.max_instances or np.inf)
+    def num_phrases(self, epoch: int = 0) -> NDArray[np.float64]:
+        """(len,) how many phrases each item of an epoch asks for; see `num_masks`."""
+        return self._sizes_by(item_sizes.num_phrases, epoch)
+
+    def num_tokens(self, epoch: int = 0) -> NDArray[np.float64]:
+        """(len,) how many tokens each item of an epoch has, its picture's included; see `num_masks`."""
+        return self._sizes_by(item_sizes.num_tokens, epoch)
+
+    def _sizes_by(self, measure: Callable[[SampleSizes, Limits], NDArray[Any]], epoch: int) -> NDArray[np.float64]:
+        return measure(self.samples.sizes.take(self.rows), self.limits)[self.draws.of_epoch(epoch)]
 
     def generator(self, key: tuple[int, int]) -> np.random.Generator:
         """The random generator of one item of one epoch."""
         return np.random.default_rng((self.seed, *key))
 
-    def usable(self, index: int) -> Sample:
-        """A sample with everything that may be asked of it, in the source's own words and order."""
-        return self._within_limits(self.samples[int(self.rows[index])], index)
+    def usable(self, index: int, epoch: int = 0) -> Sample:
+        """The sample of an item, with everything that may be asked of it, in the source's own words and order."""
+        number = self.draws.at(epoch, index)
+        return self._within_limits(self._sample(number), number)
 
     def draw(self, key: tuple[int, int]) -> Sample:
         """The sample with the turns that this epoch asks, as they are asked; flipped if its picture is to be."""
-        return self._ask(self.usable(key[1]), key)[0]
+        number = self.draws.at(*key)
+        return self._ask(self._within_limits(self._sample(number), number), key)[0]
 
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
-        sample = self.samples[int(self.rows[key[1]])]
+        number = self.draws.at(*key)
+        sample = self._sample(number)
         try:
-            asked, change = self._ask(self._within_limits(sample, key[1]), key)
+            asked, change = self._ask(self._within_limits(sample, number), key)
             return self._encode(asked, _changed_picture(asked, change) if change else None)
         except DataError as error:
             if self.on_bad == "raise":
                 raise
             return self._neutral(sample.id, error)
 
-    def _within_limits(self, sample: Sample, index: int) -> Sample:
-        if not self._limited[index]:
+    def _sample(self, number: int) -> Sample:
+        """A usable sample as it was read."""
+        return self.samples[int(self.rows[number])]
+
+    def _within_limits(self, sample: Sample, number: int) -> Sample:
+        if not self._limited[number]:
             return sample
         return dataclasses.replace(sample, turns=self.limits.usable(sample))
 
     def _ask(self, sample: Sample, key: tuple[int, int]) -> tuple[Sample, PictureChange]:
         """What is asked of a usable sample, and what has to be done to its picture for that."""
         rng = self.generator(key)
-        groups = self.composition.draw(sample, rng)[: self.turns_per_image]
-        if self._limited[key[1]]:
+        groups = self.asking.groups(sample, rng)
+        if self._limited[self.draws.at(*key)]:
             groups = self.limits.fit(sample, groups)
         assert groups, f"sample {sample.id} has nothing to ask"
-        asked = dataclasses.replace(sample, turns=tuple(turn for group in groups for turn in group))
-        change = self.augmentation.draw(asked, rng)
-        if change.flip:
-            asked = flip_sample(asked)
-        turns = iter(asked.turns)
-        together = [list(islice(turns, len(group))) for group in groups]
-        worded = tuple(word(group[0], rng) if len(group) == 1 else word_joint(group, rng) for group in together)
-        return dataclasses.replace(asked, turns=worded), change
+        return self.asking.ask(sample, groups, rng)
 
     def _encode(self, asked: Sample, picture: Image.Image | None) -> dict[str, Any]:
         return self.processor.encode_sample(asked, self.independent_turns, picture)

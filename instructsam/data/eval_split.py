@@ -18,7 +18,7 @@ from typing import Any
 from PIL import Image
 
 from instructsam import masks
-from instructsam.data.checks import Place, Skips, is_finite, is_size, is_text
+from instructsam.data.checks import Place, Skips, check_size, is_finite, is_size, is_text
 from instructsam.errors import DataError
 from instructsam.structures import RLE, PhraseTarget, Sample, Turn
 
@@ -147,15 +147,11 @@ def picture_size(path: Path, record: Mapping[str, Any], *segmentations: Any) -> 
         MissingImage: the header is needed, and there is no such file.
         ValueError: height or width that is no number of pixels, a picture that cannot be opened.
     """
-    given = [record.get(key) for key in ("height", "width")]
-    if given != [None, None]:
-        for key, value in zip(("height", "width"), given, strict=True):
-            if not is_size(value):
-                raise DataError(f"{key} must be a positive number of pixels, got {value!r}", "field")
-        return int(record["height"]), int(record["width"])
+    if any(record.get(key) is not None for key in ("height", "width")):
+        return check_size(record.get("height"), record.get("width"))
     for segmentation in segmentations:
         if (size := _size_in(segmentation)) is not None:
-            return size
+            return check_size(*size)
     if not os.path.isfile(path):  # of a name that cannot be one, too
         raise _no_file(path)
     try:

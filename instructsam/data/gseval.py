@@ -11,8 +11,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from instructsam.data.checks import Place, Skips, is_id, parse_json, read_bytes
+from instructsam.data.checks import Place, Skips, is_id, parse_json
 from instructsam.data.eval_split import Collector, EvalSplit, as_phrase, name_of, turn_of, union_rles
+from instructsam.data.json_stream import stream_json_lines
 from instructsam.errors import DataError
 
 
@@ -40,9 +41,7 @@ def read_gseval(
     kinds = {str(key): kind for key, kind in classes.items()}
     path = Path(root) / file.replace("{split}", split)
     collector = Collector(name, split, path, image_root, skips or Skips())
-    for number, line in enumerate(read_bytes(path).splitlines(), start=1):
-        if not line.strip():
-            continue
+    for number, line in stream_json_lines(path):
         where = Place(path, str(number))
         with collector.entry(where):
             entry = parse_json(line)

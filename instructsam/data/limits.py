@@ -44,8 +44,7 @@ class Usable:
     Attributes:
         rows: (usable,) int64, their numbers, rising.
         limited: (usable,) bool: something of the sample may be too much, so that every draw has to look.
-        left_out: how many of what are left out. Phrases are counted in samples that have one, and a sample as often as
-            the set repeats it.
+        left_out: how many of what are left out. Phrases are counted in samples that have one.
     """
 
     rows: NDArray[np.int64]
@@ -135,11 +134,10 @@ class Limits:
         return tokens > self.processor.max_length - most_image_tokens(self.processor.vlm_image)
 
     def _may_be_too_large(self, sizes: SampleSizes) -> NDArray[np.bool_]:
-        """Where all turns may have too many phrases or instances by themselves (one with a plain answer never has)."""
-        phrases = sizes.phrases.astype(np.int64) - sizes.turns + 1  # of the turn that has most, if all have any
-        instances = np.minimum(phrases * np.minimum(sizes.most, self.processor.num_queries), sizes.masks)
-        most_phrases = self.composition.max_phrases or np.inf
-        return (phrases > most_phrases) | (instances > (self.composition.max_instances or np.inf))
+        """Where a turn may have too many phrases or instances by itself: it has, unless some of them are dropped."""
+        most = self.processor.num_queries * sizes.turn_phrases.astype(np.int64)  # what is left of them
+        phrases = sizes.turn_phrases > (self.composition.max_phrases or np.inf)
+        return phrases | (np.minimum(sizes.turn_masks, most) > (self.composition.max_instances or np.inf))
 
     def _report(self, left_out: Counter[str], first: str, long_draws: int) -> None:
         if left_out:
@@ -197,12 +195,7 @@ class Limits:
             return turn
         if self.too_many_instances == "raise":
             raise self._crowded(dataclasses.replace(sample, turns=(turn,)))
-        if self.too_many_instances == "truncate":
-            phrases = tuple(dataclasses.replace(phrase, rles=phrase.rles[:most]) for phrase in turn.phrases)
-            return dataclasses.replace(turn, phrases=phrases)
-        kept = [k for k, phrase in enumerate(turn.phrases) if len(phrase.rles) <= most]
-        # Text around phrases has no meaning without one of them: the rest is answered with its phrases alone.
-        return dataclasses.replace(turn, phrases=tuple(turn.phrases[k] for k in kept), answer=()) if kept else None
+        return within_queries(turn, most, self.too_many_instances == "truncate")
 
     def _crowded(self, sample: Sample) -> DataError:
         """What is wrong with the first phrase that has more instances than there are queries."""
@@ -249,6 +242,18 @@ class Limits:
         """A bound that needs no tokenizer, which would take minutes for a large data set."""
         text = TURN_TOKENS + TOKENS_PER_BYTE * text_bytes(turn) + _added(turn)
         return text + len(turn.phrases) * (self.processor.num_queries + PHRASE_TOKENS)
+
+
+def within_queries(turn: Turn, most: int, truncate: bool) -> Turn | None:
+    """The turn without phrases of more than ``most`` instances, or with the first of these; None if none is left."""
+    if all(len(phrase.rles) <= most for phrase in turn.phrases):
+        return turn
+    if truncate:
+        phrases = tuple(dataclasses.replace(phrase, rles=phrase.rles[:most]) for phrase in turn.phrases)
+        return dataclasses.replace(turn, phrases=phrases)
+    kept = [phrase for phrase in turn.phrases if len(phrase.rles) <= most]
+    # Text around phrases has no meaning without one of them: the rest is answered with its phrases alone.
+    return dataclasses.replace(turn, phrases=tuple(kept), answer=()) if kept else None
 
 
 def most_image_tokens(transform: VLMImageTransform) -> int:

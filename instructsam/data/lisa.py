@@ -15,13 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from instructsam.data.checks import Place, Skips, is_id, is_size
+from instructsam.data.checks import Place, Skips, check_size, is_id
 from instructsam.data.coco_instances import annotation_name
 from instructsam.data.eval_split import name_of
 from instructsam.data.json_stream import stream_json
 from instructsam.data.release_markup import check_file_name, check_text
 from instructsam.data.release_masks import mask_of, refuse_empty
-from instructsam.errors import DataError
+from instructsam.errors import DataError, at
 from instructsam.structures import RLE, PhraseTarget, Sample, Turn
 
 logger = logging.getLogger(__name__)
@@ -43,21 +43,19 @@ def read_lisa_plus(
     file: Path | str,
     instances: Path | str,
     image_root: Path | str,
-    phrase: str = "object",
     answer_key: str | None = None,
     encoding: str = "utf-8",
     skips: Skips | None = None,
 ) -> Iterator[Sample]:
     """Read a file, one sample a record; sample ids are FILE/INDEX.
 
-    The phrase of an answer is the name of the category that its annotations share, else ``phrase``. Crowd regions are
-    not instances and are left out; records of nothing else are left out too, counted in ``skips.aside`` and logged.
-    Both files are read item by item, ``file`` twice.
+    The phrase of an answer is the name of the category that its annotations share, else empty: the source says
+    what it is then (`instructsam.data.sources`). Crowd regions are not instances and are left out; records of nothing
+    else are left out too, counted in ``skips.aside`` and logged. Both files are read item by item, ``file`` twice.
 
     Args:
         instances: COCO instances JSON that the ids belong to (train2017).
         image_root: folder of its pictures, which are named as there; ``img_path`` must end in the same name.
-        phrase: to answer with where annotations of several categories are asked for.
         answer_key: key of a text that the answer gives before the phrase; answers are the phrase alone where None.
         encoding: "utf-8" or "cp1252", of ``file``.
         skips: what to do about bad records; raises at the first by default.
@@ -80,10 +78,11 @@ def read_lisa_plus(
             instances_only = [(place, entry) for place, entry in found if not entry.get("iscrowd")]
             if not instances_only:
                 crowds += 1
+                skips.aside[CROWDS] += 1
                 continue
             rles = tuple(_rle(entry, place, height, width) for place, entry in instances_only)
             shared = {entry["category_id"] for _, entry in instances_only}
-            target = PhraseTarget(coco.categories[shared.pop()] if len(shared) == 1 else phrase, rles)
+            target = PhraseTarget(coco.categories[shared.pop()] if len(shared) == 1 else "", rles)
             answer = () if text is None else (f"{text} ", "")
             identity = f"{file.name}/{index}"
             turn = Turn(question, (target,), "reasoning", identity, "sentence", answer)
@@ -91,7 +90,6 @@ def read_lisa_plus(
             count += 1
             yield Sample(turn.id, Path(image_root) / name, height, width, (turn,))
     if crowds:
-        skips.aside[CROWDS] += crowds
         logger.warning("%s: left out %d %s", file, crowds, CROWDS)
     if not count:
         raise ValueError(f"{file}: no usable record")
@@ -137,8 +135,12 @@ def _image(coco: _Coco, image_id: Any, record: Mapping[str, Any]) -> tuple[str, 
     if image_id not in coco.images:
         raise DataError(f"the instances file has no image {image_id!r}", "reference")
     name, height, width = coco.images[image_id]
-    if not isinstance(name, str) or not name or not is_size(height) or not is_size(width):
-        raise DataError(f"image {image_id!r} of the instances file lacks file_name, height or width", "field")
+    if not isinstance(name, str) or not name:
+        raise DataError(f"image {image_id!r} of the instances file lacks file_name", "field")
+    try:
+        check_size(height, width)
+    except DataError as error:
+        raise at(f"image {image_id!r} of the instances file", error) from None
     said = name_of(record, IMAGE)
     # COCO_train2014_000000000034.jpg and 000000000034.jpg are the same picture.
     if not PurePosixPath(said.replace("\\", "/")).name.endswith(PurePosixPath(name).name):

@@ -12,7 +12,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
 from types import TracebackType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from instructsam.data.checks import Place, Problem
 from instructsam.errors import kind_of
@@ -55,6 +55,14 @@ def check_picture(picture: Picture) -> Problem | None:
 def available_cores() -> int:
     """CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def number_of_workers(given: Any, least: int) -> int:
+    """The setting ``workers``: a number, or None for one a core. Raises ValueError for anything else."""
+    workers = available_cores() if given is None else given
+    if not isinstance(workers, int) or isinstance(workers, bool) or workers < least:
+        raise ValueError(f"workers={given}: must be a whole number of at least {least}, or null for one a core")
+    return workers
 
 
 class PictureChecks:

@@ -22,10 +22,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageOps
 
 from instructsam import masks
-from instructsam.data.checks import Place, Skips, is_size, is_text
+from instructsam.data.checks import Place, Skips, check_four, check_size, is_text
 from instructsam.data.eval_split import as_phrase
 from instructsam.data.json_stream import stream_json
 from instructsam.errors import DataError
@@ -122,9 +122,7 @@ def _size(record: dict[str, Any]) -> tuple[int, int] | None:
     size = record.get("height"), record.get("width")
     if size == (None, None):
         return None
-    if not all(map(is_size, size)):
-        raise DataError(f"height and width must be positive numbers of pixels, got {size[0]!r}, {size[1]!r}", "field")
-    return size  # type: ignore[return-value]  # as just checked
+    return check_size(*size)
 
 
 def _mask(path: Path, size: tuple[int, int] | None) -> RLE:
@@ -137,12 +135,12 @@ def _mask(path: Path, size: tuple[int, int] | None) -> RLE:
 
 
 def read_mask(path: Path) -> NDArray[np.bool_]:
-    """A mask picture as (H, W) bool. Raises DataError where it is missing or broken."""
+    """A mask picture as (H, W) bool, upright if it has an EXIF orientation. Raises DataError: missing or broken."""
     if not os.path.isfile(path):  # of a name that cannot be one too
         raise DataError(f"no file {path}", "image missing")
     try:
-        with Image.open(path) as picture:
-            picture.load()
+        with Image.open(path) as stored:
+            picture = ImageOps.exif_transpose(stored)
             if picture.mode in ("LA", "PA", "RGBA"):
                 values = np.asarray(picture.convert("RGBA"))
                 return values[..., :3].any(axis=-1) & (values[..., 3] > 0)
@@ -159,9 +157,7 @@ def _box(record: dict[str, Any], key: str | None, form: str, size: tuple[int, in
         raise DataError("has no mask" if key is None else "has neither mask nor box", "field")
     if size is None:
         raise DataError("has a box only, and no height and width of its picture", "field")
-    box = record[key]
-    if not isinstance(box, list) or len(box) != 4 or not all(type(value) in (int, float) for value in box):
-        raise DataError(f"{key} must be four numbers, got {str(box)[:60]}", "box form")
+    box = check_four(record[key], key)
     if any(abs(value) > masks.MAX_PIXELS for value in box):
         raise DataError(f"{key} {str(box)[:60]} lies outside any picture", "box outside")
     if form == "xywh":

@@ -1,10 +1,13 @@
-"""From a configuration to the arguments of the reader that it names; whatever does not fit is told."""
+"""From a configuration to the arguments of the reader that it names, or to an object; whatever does not fit is told."""
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from collections.abc import Callable, Collection, Mapping
-from typing import Any
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 
 def reader_options(
@@ -36,3 +39,11 @@ def reader_options(
     if missing := sorted(key for key in needed - set(given) if options.get(key) is None):
         raise ValueError(f"{where}: not given: {', '.join(missing)}")
     return reader, options
+
+
+def from_settings(cls: type[T], name: str, values: Mapping[str, Any]) -> T:
+    """An object of a dataclass. Raises ValueError for names that it does not have, and whatever it complains of."""
+    known = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]  # a dataclass, as said
+    if unknown := sorted(set(values) - set(known)):
+        raise ValueError(f"{name}: unknown {', '.join(unknown)}; known are {', '.join(known)}")
+    return cls(**values)

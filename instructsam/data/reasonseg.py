@@ -10,7 +10,6 @@ target is the mask, what ends up as ignore counts nowhere, and flags are not dra
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from instructsam import masks
-from instructsam.data.checks import Place, Skips, read_bytes
+from instructsam.data.checks import Place, Skips, parse_json, read_bytes
 from instructsam.data.eval_split import Collector, EvalSplit, turn_of
 from instructsam.errors import DataError
 
@@ -58,7 +57,7 @@ def read_reasonseg(
             texts = entry["text"] if questions == "all" else entry["text"][:1]
             image = path.with_suffix(".jpg").name
             height, width = collector.size_of(image, {})
-            labels_HW = draw_shapes(entry["shapes"], height, width)
+            labels_HW = draw_shapes(entry.get("shapes"), height, width)
             if not (labels_HW == TARGET).any():
                 raise DataError("no pixel of a target is left after drawing its shapes", "mask empty")
             target, ignored = masks.encode_batch(np.stack([labels_HW == TARGET, labels_HW == IGNORE]))
@@ -105,16 +104,13 @@ def draw_shapes(shapes: Any, height: int, width: int) -> NDArray[np.uint8]:
 def _load(path: Path) -> dict[str, Any]:
     data = read_bytes(path)
     try:
-        text = data.decode("utf-8")
+        text = data.decode("utf-8-sig")  # with or without a byte order mark
     except UnicodeDecodeError:
         try:
             text = data.decode("cp1252")  # some of the published files are in it
         except UnicodeDecodeError as error:
             raise DataError(f"is neither utf-8 nor cp1252 ({error})", "json") from error
-    try:
-        entry = json.loads(text)
-    except ValueError as error:
-        raise DataError(f"is not valid JSON ({error})", "json") from error
+    entry = parse_json(text)
     if not isinstance(entry, dict):
         raise DataError(f"expected an object, got {type(entry).__name__}", "field")
     if not isinstance(entry.get("text"), list) or not entry["text"]:

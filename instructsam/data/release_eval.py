@@ -42,7 +42,7 @@ def read_release_eval(
     root: Path | str,
     split: str,
     name: str,
-    form: str,
+    layout: str,
     file: str,
     image_root: Path | str,
     skips: Skips | None = None,
@@ -50,17 +50,17 @@ def read_release_eval(
     """Read one split; ids are NAME/SPLIT/INDEX or NAME/SPLIT/INDEX-INDEX, the places in the file.
 
     Args:
-        form: inst2seg, grefcoco, reasonseg or roborefit, see above.
+        layout: inst2seg, grefcoco, reasonseg or roborefit, see above.
         file: below ``root``; ``{split}`` in it stands for the split.
         image_root: folder that pictures are named relative to.
         skips: what to do about bad records; raises at the first by default.
 
     Raises:
-        ValueError: naming file, index and reason: another form, missing fields, empty texts, masks that are malformed,
-            empty or of another size, missing pictures.
+        ValueError: naming file, index and reason: another layout, missing fields, empty texts, masks that are
+            malformed, empty or of another size, missing pictures.
     """
-    if form not in FORMS:
-        raise ValueError(f"form={form!r} is none of {', '.join(FORMS)}")
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout={layout!r} is none of {', '.join(LAYOUTS)}")
     path = Path(root) / file.replace("{split}", split)
     records = read_json(path)
     if not isinstance(records, list):
@@ -71,7 +71,7 @@ def read_release_eval(
         where = Place(path, f"[{index}]")
         with collector.entry(where, "records"):
             image = name_of(record, "image")
-            asked = list(FORMS[form](record))
+            asked = list(LAYOUTS[layout](record))
         for number, one in enumerate(asked):
             place = where.within(one.place)
             with collector.entry(place):
@@ -125,7 +125,7 @@ def _roborefit(record: Mapping[str, Any]) -> Iterator[_Asked]:
     yield _Asked("", record[keys[0]], record["masks"], is_phrase=keys == ["expression"])
 
 
-FORMS: dict[str, Callable[[Mapping[str, Any]], Iterator[_Asked]]] = {
+LAYOUTS: dict[str, Callable[[Mapping[str, Any]], Iterator[_Asked]]] = {
     "inst2seg": _inst2seg,
     "grefcoco": _grefcoco,
     "reasonseg": _reasonseg,

@@ -82,7 +82,8 @@ def read_conversation(
 
     Args:
         turns: list of {"value": text, "from": role or absent}, user and assistant by turns.
-        marked: the answers have phrases marked in them; else they are taken as they stand.
+        marked: the answers have phrases marked in them; else they are taken as they stand. About a picture, phrases
+            must not be marked then.
 
     Raises:
         DataError: "field", "text" or "markup", naming the turn.
@@ -114,6 +115,10 @@ def read_conversation(
         if marked:
             pieces, phrases = split_marked(texts[index + 1], answer, phrase_marks)
         else:
+            for opening, closing in phrase_marks if has_image else ():  # elsewhere they are words, such as HTML
+                if closing in texts[index + 1].partition(opening)[2]:
+                    reason = f"{answer}: a phrase is marked with {opening} ... {closing}, but the record has no mask"
+                    raise DataError(reason, "markup")
             pieces, phrases = (check_text(texts[index + 1], answer),), ()
         exchanges.append(Exchange(instruction, pieces, phrases))
     return exchanges

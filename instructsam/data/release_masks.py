@@ -11,7 +11,7 @@ from reprlib import repr as short
 from typing import Any
 
 from instructsam import masks
-from instructsam.data.checks import parse_json
+from instructsam.data.checks import check_four, is_number, parse_json
 from instructsam.errors import DataError, at
 from instructsam.structures import RLE
 
@@ -29,12 +29,8 @@ def parse_text(value: Any, what: str) -> Any:
         raise at(what, error) from None
 
 
-def _is_number(value: Any) -> bool:
-    return type(value) in (int, float)  # True is no number
-
-
 def _are_numbers(value: Any) -> bool:
-    return isinstance(value, list) and all(map(_is_number, value))
+    return isinstance(value, list) and all(map(is_number, value))
 
 
 def _are_points(value: Any) -> bool:
@@ -46,7 +42,7 @@ def instances_of(entry: Any, what: str) -> list[tuple[str, Any]]:
     entry = parse_text(entry, what)
     if entry is None or entry == []:
         return []
-    if not isinstance(entry, list) or all(_are_numbers(one) or _is_number(one) or _are_points(one) for one in entry):
+    if not isinstance(entry, list) or all(_are_numbers(one) or is_number(one) or _are_points(one) for one in entry):
         return [(what, entry)]
     return [(name := f"{what}[{k}]", parse_text(one, name)) for k, one in enumerate(entry)]
 
@@ -88,10 +84,8 @@ def mask_of(shape: Any, height: int, width: int, what: str) -> RLE:
 
 def box_of(value: Any, height: int, width: int, what: str) -> RLE:
     """[x, y, w, h] in pixels as a filled box. Raises DataError naming ``what`` and the reason."""
-    if not _are_numbers(value) or len(value) != 4:
-        raise DataError(f"{what}: expected a box [x, y, w, h], got {short(value)}", "box form")
     try:
-        x, y, w, h = map(float, value)
+        x, y, w, h = map(float, check_four(value, what))
     except OverflowError:  # a whole number that is too large to be a float
         raise DataError(f"{what}: holds a coordinate beyond all bounds", "box outside") from None
     return masks.box_to_rle([x, y, x + w, y + h], height, width, what)

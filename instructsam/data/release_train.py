@@ -103,7 +103,6 @@ def read_release_train(
             count += 1
             yield sample
     if reader.num_points:
-        skips.aside[POINTS] += reader.num_points
         logger.warning("%s: left out %d %s, which cannot be trained on", file, reader.num_points, POINTS)
     if not count:
         points = f" ({reader.num_points} {POINTS} cannot be trained on)" if reader.num_points else ""
@@ -201,6 +200,7 @@ class _Reader:
             try:
                 if isinstance(entry, Mapping) and _lower(entry.get("ann_type")) == "point" and entry.get("ann"):
                     self.num_points += 1
+                    self.skips.aside[POINTS] += 1  # at once: who reads it may stop before the end
                     continue
                 yield _annotation(entry, place, f"{identity}-{index}")
             except ValueError as error:

@@ -1,124 +1,237 @@
-"""Which samples a training step sees: an endless, stateless and exactly resumable stream of (epoch, index) keys.
+"""Which samples a training step sees: an endless and exactly resumable stream of (epoch, index) keys.
 
-The stream is a pure function of (seed, data set length), the same for every rank: a permutation of each epoch, one
-after the other. A step takes the next `global batch` keys, and every rank and micro batch its own slice of them, so
-how the global batch is split over ranks and accumulation steps changes nothing, and starting at step s needs no
-replay of the steps before.
+The stream is the same for every rank: an order of each epoch's samples, one epoch after the other, cut into micro
+batches. An optimizer step takes the next `world_size * accumulation` of these, of which every rank has its own. How far
+training has come is a single number, the samples consumed by all ranks: a run goes on from there with any number of
+ranks and any accumulation, and no step before it is replayed.
 
-With sizes to group by (DESIGN section 8: the number of masks) the samples of one step are of similar size, so that no
-rank waits for another; the stream is then a function of the sizes and of the global batch too.
+With a fixed batch size an epoch is a random permutation and micro batches run on across its end. With sizes to group by
+(DESIGN section 8: the number of masks) the samples of one step are of similar size, so that no rank waits for another.
+With budgets (`instructsam.data.budgets`) micro batches have as many samples as fit, and end with the epoch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import count
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from torch.utils.data import Sampler
+
+from instructsam.data.budgets import Budgets, Plan, Sizes, checked
+
+logger = logging.getLogger(__name__)
 
 Key = tuple[int, int]
 
 MEGA_BATCH = 50  # steps whose samples are drawn together and sorted: more is more alike, less is more random
+_PLANS_KEPT = 3
+"""Of the last epochs asked for: reading runs ahead of training, and a step may touch two."""
 
 
-def steps_for_epochs(dataset_length: int, global_batch_size: int, epochs: float = 1.0) -> int:
-    """Optimizer steps after which `epochs` passes over the data are done (rounded up, at least one)."""
-    if dataset_length < 1 or global_batch_size < 1 or epochs <= 0:
-        raise ValueError(
-            f"dataset_length, global_batch_size and epochs must be positive, got {dataset_length}, "
-            f"{global_batch_size}, {epochs}"
-        )
-    return max(1, int(np.ceil(dataset_length * epochs / global_batch_size)))
-
-
-class StepSampler(Sampler[list[Key]]):
+class DistributedBatchSampler(Sampler[list[Key]]):
     """Endless batch sampler of keys (epoch, index); yields one micro batch of this rank at a time.
 
-    Step s (counted from 0) consumes `per_device_batch_size * world_size * accumulation` consecutive keys of the
-    stream; micro batch m of rank r is the slice number m * world_size + r of these. An epoch may end in the middle
-    of a step.
+    The step that starts at a position takes `world_size * accumulation` micro batches from there; micro batch m of rank
+    r is number m * world_size + r of these.
 
-    group_by: a size for every sample; see `grouped_permutation`. None: plain permutations.
+    Args:
+        dataset_length: samples of an epoch.
+        per_device_batch_size: samples of a micro batch; None with ``budgets``.
+        seed: of all orders.
+        group_by: a size of every sample, or a function of the epoch that gives them. See `grouped_permutation` and
+            `Budgets.plan`. None: plain permutations.
+        budgets: cut micro batches by what their samples cost. What epochs look like then depends on no rank or
+            accumulation at all.
 
-    Raises ValueError for an empty data set, batch sizes below one, a rank outside the world, or sizes that are not
-    one finite number a sample.
+    Attributes:
+        position: samples consumed by all ranks since the run began. Iteration starts here; the trainer moves it, by
+            `samples_in_step`, when a step is done (what is read ahead does not).
+        group: with sizes to group by and a fixed batch size, the samples that were grouped together: those of a step of
+            the run's first start. `load_state_dict` keeps it, so that the orders stay what they were.
+
+    Raises:
+        ValueError: an empty data set, batch sizes below one, a rank outside the world, a batch size and budgets or
+            neither, sizes that are not one finite number a sample.
     """
 
     def __init__(
         self,
         dataset_length: int,
-        per_device_batch_size: int,
+        per_device_batch_size: int | None,
         world_size: int = 1,
         rank: int = 0,
         accumulation: int = 1,
         seed: int = 0,
-        start_step: int = 0,
-        group_by: Sequence[float] | np.ndarray | None = None,
+        group_by: Sequence[float] | NDArray[np.float64] | Sizes | None = None,
+        budgets: Budgets | None = None,
     ) -> None:
         if dataset_length < 1:
             raise ValueError("the training set is empty: nothing to sample from")
-        for name, value in [
-            ("per_device_batch_size", per_device_batch_size),
-            ("world_size", world_size),
-            ("accumulation", accumulation),
-        ]:
+        if (per_device_batch_size is None) == (budgets is None):
+            raise ValueError(
+                "give either per_device_batch_size or budgets (tokens_per_batch, phrases_per_batch), got "
+                f"per_device_batch_size={per_device_batch_size} and {'no ' if budgets is None else ''}budgets"
+            )
+        per_device = {} if per_device_batch_size is None else {"per_device_batch_size": per_device_batch_size}
+        for name, value in {**per_device, "world_size": world_size, "accumulation": accumulation}.items():
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         if not 0 <= rank < world_size:
             raise ValueError(f"rank {rank} is outside a world of {world_size} processes")
-        if seed < 0 or start_step < 0:
-            raise ValueError(f"seed and start_step must not be negative, got {seed} and {start_step}")
+        if seed < 0:
+            raise ValueError(f"seed must not be negative, got {seed}")
         self.dataset_length = dataset_length
         self.per_device_batch_size = per_device_batch_size
         self.world_size = world_size
         self.rank = rank
         self.accumulation = accumulation
         self.seed = seed
-        self.start_step = start_step
-        self.sizes = None if group_by is None else np.asarray(group_by, dtype=np.float64)
-        if self.sizes is not None and (self.sizes.shape != (dataset_length,) or not np.isfinite(self.sizes).all()):
-            raise ValueError(
-                f"group_by must hold one finite number for each of the {dataset_length} samples, got "
-                f"{int(np.isfinite(self.sizes).sum())} in an array of shape {self.sizes.shape}"
-            )
-        self._orders: dict[int, np.ndarray] = {}
+        self.budgets = budgets
+        self.position = 0
+        self._group_by = (
+            group_by if group_by is None or callable(group_by) else checked(group_by, dataset_length, "group_by")
+        )
+        self.group = self.global_batch_size if group_by is not None else None
+        self._plans: dict[int, Plan] = {}
+        self._warned = False
 
     @property
-    def global_batch_size(self) -> int:
-        """Samples per optimizer step over all ranks and micro batches."""
-        return self.per_device_batch_size * self.world_size * self.accumulation
+    def micro_batches_in_step(self) -> int:
+        """Over all ranks."""
+        return self.world_size * self.accumulation
 
-    def epoch_of(self, step: int) -> float:
-        """Passes over the data done after `step` optimizer steps."""
-        return step * self.global_batch_size / self.dataset_length
+    @property
+    def global_batch_size(self) -> int | None:
+        """Samples per optimizer step over all ranks and micro batches; None with budgets, where it varies."""
+        return None if self.per_device_batch_size is None else self.per_device_batch_size * self.micro_batches_in_step
 
-    def keys_at(self, step: int, micro: int = 0) -> list[Key]:
-        """Keys of micro batch `micro` of step `step` (from 0) on this rank."""
-        first = step * self.global_batch_size + (micro * self.world_size + self.rank) * self.per_device_batch_size
-        return [self._key(position) for position in range(first, first + self.per_device_batch_size)]
+    # ---- how far, and how long --------------------------------------------------------------------------------------
+
+    def samples_in_step(self, position: int) -> int:
+        """Samples that the step starting at `position` takes over all ranks; the same on every rank.
+
+        Raises:
+            ValueError: with budgets, no micro batch starts there.
+        """
+        if self.global_batch_size is not None:
+            return self.global_batch_size
+        end = position
+        for _ in range(self.micro_batches_in_step):
+            end = self._end(end)
+        return end - position
+
+    def epoch_of(self, position: int) -> float:
+        """Passes over the data done at a position."""
+        return position / self.dataset_length
+
+    def total_samples(self, epochs: float) -> int:
+        """Samples of so many epochs, rounded up. Raises ValueError unless epochs is above 0."""
+        if not epochs > 0:
+            raise ValueError(f"epochs must be above 0, got {epochs}")
+        return max(1, int(np.ceil(self.dataset_length * epochs)))
+
+    def steps(self, samples: int) -> int:
+        """Optimizer steps from the run's start until so many samples are consumed, at least one.
+
+        Exact with a fixed batch size; with budgets an estimate, see `samples_per_step`.
+        """
+        if self.global_batch_size is not None:
+            return max(1, -(-samples // self.global_batch_size))
+        return max(1, int(np.ceil(samples / self.samples_per_step)))
+
+    @property
+    def samples_per_step(self) -> float:
+        """The global batch size; with budgets its mean, as if all epochs had as many batches as the first."""
+        if self.global_batch_size is not None:
+            return self.global_batch_size
+        return self.dataset_length * self.micro_batches_in_step / len(self.plan(0).ends)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What has to be saved to go on from `position`; fit for JSON."""
+        return {"samples": self.position, "group": self.group, "budgets": self._limits()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where a saved run was.
+
+        Raises:
+            ValueError: it had other budgets, or a batch size in place of them: its epochs were cut in other places.
+        """
+        if state["budgets"] != self._limits():
+            raise ValueError(
+                f"the run had [tokens_per_batch, phrases_per_batch] = {state['budgets']} and now has {self._limits()} "
+                "(None: a fixed batch size): go on with what it had, or start a new run"
+            )
+        if (state["group"] is None) != (self.group is None):
+            raise ValueError("the run grouped samples by size and now does not, or the other way round (data.group_by)")
+        self.position, self.group = int(state["samples"]), state["group"]
+        self._plans.clear()
+
+    def _limits(self) -> list[int | None] | None:
+        return None if self.budgets is None else [self.budgets.tokens_per_batch, self.budgets.phrases_per_batch]
+
+    # ---- the stream -------------------------------------------------------------------------------------------------
 
     def __iter__(self) -> Iterator[list[Key]]:
-        step = self.start_step
-        while True:
-            for micro in range(self.accumulation):
-                yield self.keys_at(step, micro)
-            step += 1
+        start = self.position
+        for number in count():
+            end = self._end(start)
+            if number % self.world_size == self.rank:
+                yield self._keys(start, end)
+            start = end
 
-    def _key(self, position: int) -> Key:
-        epoch, offset = divmod(position, self.dataset_length)
-        return epoch, int(self._order(epoch)[offset])
+    def keys_at(self, position: int, micro: int = 0) -> list[Key]:
+        """Keys of this rank's micro batch `micro` of the step that starts at `position`."""
+        start = position
+        for _ in range(micro * self.world_size + self.rank):
+            start = self._end(start)
+        return self._keys(start, self._end(start))
 
-    def _order(self, epoch: int) -> np.ndarray:
-        """Permutation of an epoch, kept only while the stream is near it (a step may touch two epochs)."""
-        if epoch not in self._orders:
-            self._orders = {e: order for e, order in self._orders.items() if e == epoch - 1}
-            generator = np.random.default_rng([self.seed, epoch])
-            if self.sizes is None:
-                self._orders[epoch] = generator.permutation(self.dataset_length)
-            else:
-                head = -epoch * self.dataset_length % self.global_batch_size
-                self._orders[epoch] = grouped_permutation(generator, self.sizes, self.global_batch_size, head)
-        return self._orders[epoch]
+    def plan(self, epoch: int) -> Plan:
+        """The order of an epoch, and with budgets its micro batches."""
+        if epoch not in self._plans:
+            self._plans = dict([*self._plans.items()][1 - _PLANS_KEPT :])
+            self._plans[epoch] = self._make_plan(epoch)
+        return self._plans[epoch]
+
+    def _make_plan(self, epoch: int) -> Plan:
+        generator, length = np.random.default_rng([self.seed, epoch]), self.dataset_length
+        sizes = checked(self._group_by(epoch), length, "group_by") if callable(self._group_by) else self._group_by
+        if self.budgets is not None:
+            plan = self.budgets.plan(generator, length, epoch, sizes)
+            if plan.oversized and not self._warned and self.rank == 0:
+                self._warned = True
+                logger.warning(
+                    "%d of %d samples are beyond tokens_per_batch=%s or phrases_per_batch=%s by themselves: each is a "
+                    "micro batch of its own",
+                    *(plan.oversized, length, *(self._limits() or ())),
+                )
+            return plan
+        whole = np.array([length])
+        if sizes is None:
+            return Plan(generator.permutation(length), whole)
+        assert self.group is not None
+        return Plan(grouped_permutation(generator, sizes, self.group, -epoch * length % self.group), whole)
+
+    def _end(self, start: int) -> int:
+        """Where the micro batch that starts at a position ends."""
+        if self.per_device_batch_size is not None:
+            return start + self.per_device_batch_size
+        epoch, offset = divmod(start, self.dataset_length)
+        ends = self.plan(epoch).ends
+        number = int(np.searchsorted(ends, offset, side="right"))
+        if offset and ends[number - 1] != offset:
+            raise ValueError(
+                f"no micro batch starts at sample {start}: data or budgets are not those the run began with"
+            )
+        return epoch * self.dataset_length + int(ends[number])
+
+    def _keys(self, start: int, end: int) -> list[Key]:
+        keys = (divmod(position, self.dataset_length) for position in range(start, end))
+        return [(epoch, int(self.plan(epoch).order[offset])) for epoch, offset in keys]
 
 
 def grouped_permutation(

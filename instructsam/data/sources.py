@@ -5,7 +5,8 @@ A source is an entry of ``data.sources`` (the files in ``configs/source``)::
     refcoco:
       reader: referring            # a key of READERS; what else is not named below are its arguments
       ...
-      repeats: 10                  # times an epoch
+      repeats: 10                  # how often an epoch sees each sample; 0.5, 1.5 ... too
+      weight: null                 # instead of repeats, for all sources or none: share of data.epoch_samples
       held_out: true               # pictures of validation and test splits are left out of it (`data.leakage`)
       needs: [data/refer/refcoco/refs(unc).p]   # files, folders or patterns that must be there; default: its file
       get: scripts/prepare/refer.sh             # says where they come from
@@ -23,6 +24,7 @@ import dataclasses
 import functools
 import glob
 import inspect
+import logging
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -35,7 +37,7 @@ from instructsam.data.coco_instructions import stream_coco_instructions
 from instructsam.data.coco_parts import read_coco_parts
 from instructsam.data.eval_split import EvalSplit
 from instructsam.data.gseval import read_gseval
-from instructsam.data.leakage import coco_id, held_out_images
+from instructsam.data.leakage import Leakage, held_out_images
 from instructsam.data.lisa import read_lisa_plus
 from instructsam.data.png_masks import read_png_masks
 from instructsam.data.reader_options import reader_options
@@ -44,8 +46,11 @@ from instructsam.data.referring import read_referring
 from instructsam.data.release_eval import read_release_eval
 from instructsam.data.release_train import read_release_train
 from instructsam.data.samples import Mixture, SampleList, Samples
+from instructsam.data.source_files import Stamps, check_stamps, stamps
 from instructsam.data.table import SampleTable
 from instructsam.structures import Sample, Turn
+
+logger = logging.getLogger(__name__)
 
 FORMS = ("", "category", "phrase", "sentence", "ocr")
 
@@ -85,7 +90,8 @@ class Source:
     name: str
     reader: str
     options: Mapping[str, Any]
-    repeats: int = 1
+    repeats: float = 1
+    weight: float | None = None
     held_out: bool = False
     needs: tuple[str, ...] = ()
     get: str = ""
@@ -125,6 +131,10 @@ def parse_sources(settings: Mapping[str, Mapping[str, Any] | None]) -> list[Sour
                 raise ValueError(f"{where}: {key} must be a list, got {own[key]!r}")
         files = [options["file"]] if "file" in options and "root" not in options else []
         own["needs"] = tuple(own.get("needs") or files)
+        if own.get("weight") is not None and own.get("repeats") is not None:
+            raise ValueError(f"{where}: has repeats and a weight; give one of them (repeats=null for the other)")
+        if own.get("repeats") is None:
+            own.pop("repeats", None)
         if own.get("kinds") is not None:
             own["kinds"] = tuple(own["kinds"])
         if own.get("form") not in (None, *FORMS):
@@ -164,26 +174,27 @@ def read_source(
     source: Source,
     skips: Skips,
     held_out: Collection[int] = (),
-    on_held_out: Callable[[Sample], None] | None = None,
+    leakage: Leakage | None = None,
 ) -> Iterator[Sample]:
     """The samples of a source, read from its files.
 
     Args:
         held_out: COCO ids of pictures that are left out, if the source says so.
-        on_held_out: is called with each sample left out for that.
+        leakage: counts these.
 
     Raises:
-        ValueError: whatever the reader finds wrong.
+        ValueError: whatever the reader finds wrong; at the end, if the source says so and none of its pictures is
+            named by a COCO id.
     """
+    leakage = leakage or Leakage()
     for sample in READERS[source.reader](**source.options, skips=skips):
-        if source.held_out and coco_id(sample.image) in held_out:
-            if on_held_out is not None:
-                on_held_out(sample)
+        if source.held_out and leakage.leaves_out(sample, held_out):
             continue
         kept = (turn for turn in sample.turns if source.kinds is None or turn.kind in source.kinds)
         turns = tuple(_as_asked(turn, source) for turn in kept)
         if turns:
             yield sample if turns == sample.turns else dataclasses.replace(sample, turns=turns)
+    leakage.check(source.name)
 
 
 def _as_asked(turn: Turn, source: Source) -> Turn:
@@ -202,15 +213,16 @@ def open_sources(data: Mapping[str, Any], skips: Skips | None = None) -> Mixture
     Args:
         data: ``sources``; ``prepared``, the folder of the tables that `instructsam.prepare` makes, or null to read
             the files into memory; ``held_out``, files of refs whose validation and test pictures are left out;
-            ``limit``, the first so many samples of each source.
+            ``limit``, the first so many samples of each source; ``epoch_samples``, of an epoch, where sources have
+            weights.
 
     Raises:
-        ValueError: files or tables that are missing (all are named, with what makes them); bad records.
+        ValueError: files or tables that are missing (all are named, with what makes them); bad records; repeats and
+            weights that make no mixture.
     """
     sources = parse_sources(data["sources"])
-    limit = data.get("limit")
-    if limit is not None and limit < 1:
-        raise ValueError(f"data.limit={limit}: must be at least 1, or null for all")
+    limit = limit_of(data)
+    held_out_files(sources, data)
     parts: dict[str, Samples]
     if data.get("prepared"):
         parts = {source.name: table for source, table in zip(sources, open_tables(sources, data), strict=True)}
@@ -220,19 +232,64 @@ def open_sources(data: Mapping[str, Any], skips: Skips | None = None) -> Mixture
             }
     else:
         check_files(sources)
-        held_out = held_out_images(data.get("held_out") or ()) if any(s.held_out for s in sources) else frozenset()
-        skips = skips or Skips()
-        parts = {s.name: SampleList(islice(read_source(s, skips, held_out), limit)) for s in sources}
+        held_out, skips = held_out_of(sources, data), skips or Skips()
+        parts = {source.name: _read_all(source, skips, held_out, limit) for source in sources}
         skips.summarise(", ".join(parts), f"{sum(map(len, parts.values()))} samples")
-    return Mixture(parts, {source.name: source.repeats for source in sources})
+    weights = {source.name: source.weight for source in sources if source.weight is not None}
+    return Mixture(parts, {source.name: source.repeats for source in sources}, weights, data.get("epoch_samples"))
+
+
+def _read_all(source: Source, skips: Skips, held_out: Collection[int], limit: int | None) -> SampleList:
+    """The samples of a source in memory. ``skips.max_bad`` counts for each source by itself."""
+    own, leakage = Skips(skips.on_bad, skips.max_bad, skips.report), Leakage()
+    samples = SampleList(islice(read_source(source, own, held_out, leakage), limit))
+    skips.counts.update(own.counts)
+    skips.aside.update(own.aside)
+    if said := str(leakage):
+        logger.warning("%s: %s", source.name, said)
+    return samples
+
+
+def limit_of(data: Mapping[str, Any]) -> int | None:
+    """``data.limit``. Raises ValueError where it is below 1."""
+    limit = data.get("limit")
+    if limit is not None and (not isinstance(limit, int) or isinstance(limit, bool) or limit < 1):
+        raise ValueError(f"data.limit={limit}: must be at least 1, or null for all")
+    return limit
+
+
+def held_out_files(sources: Iterable[Source], data: Mapping[str, Any]) -> list[str]:
+    """``data.held_out`` where a source needs it, else none. Raises ValueError where it is needed and empty."""
+    guarded = [source.name for source in sources if source.held_out]
+    files = list(data.get("held_out") or ()) if guarded else []
+    if guarded and not files:
+        raise ValueError(
+            f"{', '.join(guarded)}: held_out is true, but data.held_out names no file of refs whose validation and "
+            "test pictures are to be left out: data.held_out=[data/refer/refcoco/refs(unc).p, ...] (as in "
+            "configs/data/originals.yaml), or held_out=false for these sources"
+        )
+    return files
+
+
+def held_out_of(sources: Iterable[Source], data: Mapping[str, Any]) -> frozenset[int]:
+    """COCO ids of the pictures to leave out. Raises ValueError as `held_out_files`, and for refs that are bad."""
+    return held_out_images(held_out_files(sources, data))
 
 
 def open_tables(sources: Iterable[Source], data: Mapping[str, Any]) -> list[SampleTable]:
-    """The prepared tables of sources. Raises one ValueError that names all that are missing or out of date."""
+    """The prepared tables of sources.
+
+    Raises:
+        ValueError: naming all that are missing or out of date: other settings, or source files that are there and have
+            changed. Files that are gone are not needed any more.
+    """
     folder, tables, wrong = Path(data["prepared"]), [], []
     for source in sources:
         try:
-            tables.append(SampleTable(folder / source.name, table_recipe(source, data)))
+            table = SampleTable(folder / source.name, table_recipe(source, data))
+            if (before := table.manifest["info"].get("files")) is not None:
+                check_stamps(before, source_stamps(source, data))
+            tables.append(table)
         except ValueError as error:
             wrong.append(f"\n  {source.name}: {error}")
     if wrong:
@@ -245,5 +302,11 @@ def open_tables(sources: Iterable[Source], data: Mapping[str, Any]) -> list[Samp
 
 
 def table_recipe(source: Source, data: Mapping[str, Any]) -> dict[str, Any]:
-    """What a prepared table depends on."""
-    return {**source.recipe, "held_out": list(data.get("held_out") or ()) if source.held_out else []}
+    """What a prepared table depends on, besides the files."""
+    held_out = list(data.get("held_out") or ()) if source.held_out else []
+    return {**source.recipe, "held_out": held_out, "on_bad": data.get("on_bad") or "raise"}
+
+
+def source_stamps(source: Source, data: Mapping[str, Any]) -> Stamps:
+    """Of the files that a table of the source is made from."""
+    return stamps(source.reader, source.options, source.needs, table_recipe(source, data)["held_out"])

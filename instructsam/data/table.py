@@ -3,8 +3,8 @@
 Layout::
 
     FOLDER/00000.arrow, 00001.arrow ...   Arrow IPC files, one row a sample (`instructsam.data.table_rows`)
-    FOLDER/sizes.npy                      (6, samples) int32, the fields of `SampleSizes`
-    FOLDER/manifest.json                  {"version": 1, "recipe": {...}, "info": {...}, "counts": {...},
+    FOLDER/sizes.npy                      (11, samples) int32, the fields of `SampleSizes`
+    FOLDER/manifest.json                  {"version": 2, "recipe": {...}, "info": {...}, "counts": {...},
                                            "instances_per_phrase": {"0": 12, "1": 3456, ...}, "batch_rows": 64,
                                            "sizes": {"name", "rows", "bytes", "sha256"},
                                            "shards": [{"name", "rows", "bytes", "sha256"}, ...]}
@@ -40,7 +40,7 @@ from instructsam.data.samples import SIZES, SampleSizes, measure
 from instructsam.data.table_rows import SCHEMA, from_row, to_row
 from instructsam.structures import Sample
 
-VERSION = 1
+VERSION = 2
 MANIFEST = "manifest.json"
 _BATCH_ROWS = 64
 _SHARD_BYTES = 2**28
@@ -112,7 +112,7 @@ def write_table(
 
 @dataclass
 class _Tally:
-    """What is counted while samples pass; sizes are those of `SampleSizes`, (samples, 6) a batch."""
+    """What is counted while samples pass; sizes are those of `SampleSizes`, (samples, 11) a batch."""
 
     sizes: list[np.ndarray] = field(default_factory=list)
     instances: Counter[int] = field(default_factory=Counter)

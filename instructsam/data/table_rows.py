@@ -19,6 +19,7 @@ from typing import Any
 import pyarrow as pa
 
 from instructsam import masks
+from instructsam.data.checks import check_size
 from instructsam.errors import DataError
 from instructsam.structures import RLE, PhraseTarget, Sample, Turn
 
@@ -49,8 +50,16 @@ SCHEMA = pa.schema(
 
 
 def to_row(sample: Sample) -> dict[str, Any]:
-    """The row of a sample. Raises DataError for what a row cannot hold: masks of another size, text not in Unicode."""
-    _check_text(sample)
+    """The row of a sample.
+
+    Raises:
+        DataError: for what a row cannot hold: too large a size, masks of another size, text not in Unicode, objects
+            that JSON does not keep.
+    """
+    objects = _objects_json(sample) if sample.objects else None
+    _check_text(sample, objects or "")
+    if sample.image is not None:
+        check_size(sample.height, sample.width)
     return {
         "id": sample.id,
         "image": None if sample.image is None else str(sample.image),
@@ -58,7 +67,7 @@ def to_row(sample: Sample) -> dict[str, Any]:
         "width": sample.width,
         "joint": sample.joint,
         "turns": [_turn_row(turn, sample) for turn in sample.turns],
-        "objects": _objects_json(sample) if sample.objects else None,
+        "objects": objects,
     }
 
 
@@ -86,9 +95,9 @@ def from_row(row: dict[str, Any]) -> Sample:
     )
 
 
-def _check_text(sample: Sample) -> None:
+def _check_text(sample: Sample, objects: str) -> None:
     """JSON may hold halves of surrogate pairs, which no UTF-8 can, and no tokenizer either."""
-    texts = [sample.id, str(sample.image)]
+    texts = [sample.id, str(sample.image), objects]
     for turn in sample.turns:
         texts += [turn.instruction, turn.form, turn.kind, turn.id, *turn.answer, *(p.text for p in turn.phrases)]
     try:

@@ -12,10 +12,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
+from itertools import islice
 from pathlib import Path
 
 from instructsam.data.checks import Place, Problem, Skips, is_text
-from instructsam.data.leakage import coco_id
+from instructsam.data.leakage import Leakage, coco_id
 from instructsam.data.picture_checks import Picture, PictureChecks
 from instructsam.data.sources import Source, read_source
 from instructsam.data.table import MANIFEST, SampleTable
@@ -37,6 +38,8 @@ def validate_source(
     held_out: Collection[int] = (),
     num_queries: int | None = 10,
     progress: Callable[[], object] = lambda: None,
+    too_many_instances: str = "raise",
+    limit: int | None = None,
 ) -> Counter[str]:
     """Read a source to its end and check every sample. Memory grows by a few numbers a sample only.
 
@@ -46,8 +49,11 @@ def validate_source(
         report: is handed every problem. Its place is one in the source's files; for problems of a sample its id and
             the turn; for those of pictures their file and the sample's id.
         held_out: COCO ids of the pictures of validation and test splits.
-        num_queries: more instances of a phrase are a problem; None for any number.
+        num_queries: more instances of a phrase are too many; None for any number.
         progress: is called after each sample.
+        too_many_instances: "raise" makes such a phrase a problem; with "drop" or "truncate", which is what training
+            does about it then, it is a note.
+        limit: the first so many samples only.
 
     Returns:
         How many samples, instructions, phrases, instances and pictures there are, and notes on what is no fault.
@@ -56,12 +62,9 @@ def validate_source(
     notes: Counter[str] = Counter()
     ids: set[int] = set()
     opened: set[int] = set()  # hashes of pictures and sizes
-
-    def left_out(sample: Sample) -> None:
-        notes["samples left out: their pictures are in a validation or test split"] += 1
-
+    leakage = Leakage()
     try:
-        for sample in read_source(source, skips, held_out, left_out):
+        for sample in islice(read_source(source, skips, held_out, leakage), limit):
             count(sample, notes)
             if coco_id(sample.image) in held_out:
                 notes["samples kept (held_out is false) although their pictures are in a validation or test split"] += 1
@@ -69,7 +72,10 @@ def validate_source(
                 report(Problem("duplicate", Place(sample.id), "another sample of the source has this id"))
             ids.add(identity)
             for problem in check_sample(sample, num_queries):
-                report(problem)
+                if problem.kind != "too many instances" or too_many_instances == "raise":
+                    report(problem)
+                else:
+                    notes[f"phrases of more than {num_queries} instances (training: {too_many_instances})"] += 1
             if sample.image is not None:
                 picture = Picture(str(sample.image), sample.height, sample.width, sample.id)
                 if (key := hash(picture[:3])) not in opened:
@@ -82,9 +88,13 @@ def validate_source(
     for problem in pictures.finish():
         report(problem)
     notes["pictures"] = len(opened)
+    notes["samples left out: their pictures are in a validation or test split"] = leakage.samples
+    notes["samples kept although their pictures' names give no COCO id (held_out is true)"] = leakage.unknown
     for what, number in skips.counts.items():
         notes[f"{what} left out"] += number
-    return notes
+    for what, number in skips.aside.items():
+        notes[f"{what} cannot be used"] += number
+    return +notes
 
 
 def count(sample: Sample, notes: Counter[str]) -> None:

@@ -9,11 +9,12 @@ from __future__ import annotations
 import base64
 from collections.abc import Mapping, Sequence
 from importlib import resources
-from typing import Any
+from typing import Any, NamedTuple
 
+from instructsam.data.augmentation import PictureChange
 from instructsam.evaluation.charts import share_chart
 from instructsam.evaluation.markup import Node, document, node
-from instructsam.inspection.pictures import describe_turn, picture_of, turn_overlay
+from instructsam.inspection.pictures import UNCHANGED, describe_turn, picture_of, turn_overlay
 from instructsam.inspection.statistics import QUANTITIES
 from instructsam.structures import Sample, Turn
 from instructsam.visualization import jpeg_bytes
@@ -34,13 +35,21 @@ _STYLE = """
 """
 
 
-def page(title: str, found: Mapping[str, Any], shown: Sequence[tuple[str, Sample]], notes: Sequence[str]) -> bytes:
+class Shown(NamedTuple):
+    """A source's name, a sample with its turns as they are asked, and what is done to its picture."""
+
+    source: str
+    sample: Sample
+    change: PictureChange = UNCHANGED
+
+
+def page(title: str, found: Mapping[str, Any], shown: Sequence[Shown], notes: Sequence[str]) -> bytes:
     """The whole page in UTF-8.
 
     Args:
         found: as written to statistics.json: ``all`` and ``sources``, each as `statistics.statistics` returns it; the
-            latter with samples, counted and repeats besides.
-        shown: names of sources and samples with the turns as they are asked.
+            latter with samples, counted, epoch (samples that an epoch draws), left_out and aside besides.
+        shown: what is shown, as it is asked.
         notes: what has to be known of the figures.
     """
     tiles = node("div", [_tile(name, value) for name, value in _headline(found).items()], class_="tiles")
@@ -49,7 +58,7 @@ def page(title: str, found: Mapping[str, Any], shown: Sequence[tuple[str, Sample
         node("header", node("h1", title), tiles, [node("p", note, class_="faint") for note in notes]),
         node("section", node("h2", "Sources"), _sources(found)),
         node("section", node("h2", "Statistics"), _charts(found["all"])),
-        node("section", node("h2", f"{len(shown)} random samples"), [_sample(*one) for one in shown]),
+        node("section", node("h2", f"{len(shown)} random samples"), [_sample(one) for one in shown]),
     )
     style = (resources.files("instructsam.evaluation") / "report.css").read_text(encoding="utf-8")
     policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
@@ -72,8 +81,8 @@ def _headline(found: Mapping[str, Any]) -> dict[str, str]:
     sources, of_all = found["sources"], found["all"]
     return {
         "samples": f"{sum(one['samples'] for one in sources.values()):,}",
-        "samples an epoch": f"{sum(one['samples'] * one['repeats'] for one in sources.values()):,}",
-        "instructions a sample": _number(of_all["turns_per_sample"]["mean"]),
+        "samples an epoch": f"{sum(one['epoch'] for one in sources.values()):,}",
+        "instructions at once": _number(of_all["turns_per_sample"]["mean"]),
         "instances an instruction": _number(of_all["instances_per_instruction"]["mean"]),
         "no-target": _percent(of_all["no_target"]),
         "boxes only": _percent(of_all["boxes_only"]),
@@ -85,15 +94,22 @@ def _tile(name: str, value: str) -> Node:
 
 
 def _sources(found: Mapping[str, Any]) -> Node:
-    names = ["source", "samples", "repeats", "share of an epoch", "instructions a sample", "instances an instruction"]
-    names += ["no-target", "boxes only", "median mask", "median side", "left out as bad"]
-    total = max(sum(one["samples"] * one["repeats"] for one in found["sources"].values()), 1)
+    names = [
+        "source",
+        "samples",
+        "in an epoch",
+        "share of an epoch",
+        "instructions at once",
+        "instances an instruction",
+    ]
+    names += ["no-target", "boxes only", "median mask", "median side", "left out as bad", "left out besides"]
+    total = max(sum(one["epoch"] for one in found["sources"].values()), 1)
     rows = []
     for name, one in found["sources"].items():
-        cells = [f"{one['samples']:,}", str(one["repeats"]), _percent(one["samples"] * one["repeats"] / total)]
+        cells = [f"{one['samples']:,}", f"{one['epoch']:,}", _percent(one["epoch"] / total)]
         cells += [_number(one[key]["mean"]) for key in ("turns_per_sample", "instances_per_instruction")]
         cells += [_percent(one["no_target"]), _percent(one["boxes_only"]), _percent(one["mask_area"]["median"])]
-        cells += [_number(one["longest_side"]["median"]), _counts(one["left_out"])]
+        cells += [_number(one["longest_side"]["median"]), _counts(one["left_out"]), _counts(one["aside"])]
         rows.append(node("tr", node("th", name, scope="row"), [node("td", cell) for cell in cells]))
     head = node("thead", node("tr", [node("th", name, scope="col") for name in names]))
     return node("div", node("table", head, node("tbody", rows)), class_="wide")
@@ -139,8 +155,9 @@ def _counts(left_out: Mapping[str, int]) -> str:
 # ---- samples ----------------------------------------------------------------------------------------------------
 
 
-def _sample(source: str, sample: Sample) -> Node:
-    picture, reason = picture_of(sample)
+def _sample(shown: Shown) -> Node:
+    source, sample, change = shown
+    picture, reason = picture_of(sample, change)
     size = f"{sample.height}×{sample.width} (height × width)" if sample.image is not None else "no picture"
     count = f"{len(sample.turns)} instruction{'s' if len(sample.turns) != 1 else ''}"
     head = node("h3", f"{source}: {_cut(sample.id)} ", node("span", f"{size}, {count}", class_="faint"))

@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from PIL import Image, ImageDraw
 
 from instructsam import masks
+from instructsam.data.augmentation import PictureChange
 from instructsam.errors import DataError
 from instructsam.processing.images import load_image
 from instructsam.structures import Sample, Turn
 from instructsam.visualization import FAINT, INK, PAPER, grid, instance_colors, overlay, text_font, wrap_text
 
+UNCHANGED = PictureChange()
 GREY = (150, 150, 150)
 LABELLED = 8
 """With more instances than this, labels would hide the picture."""
@@ -24,15 +26,19 @@ _LINE = 20
 
 @dataclass(frozen=True)
 class Asked:
-    """A turn of a sample as it is asked, and the source it comes from."""
+    """A turn of a sample as it is asked, the source it comes from, and what is done to its picture."""
 
     source: str
     sample: Sample
     turn: Turn
+    change: PictureChange = UNCHANGED
 
 
-def picture_of(sample: Sample) -> tuple[Image.Image | None, str]:
-    """The sample's picture, grey and with a reason where it cannot be shown; None for a sample about no picture."""
+def picture_of(sample: Sample, change: PictureChange = UNCHANGED) -> tuple[Image.Image | None, str]:
+    """The sample's picture, changed as it is asked about; grey and with a reason where it cannot be shown.
+
+    None for a sample about no picture.
+    """
     if sample.image is None:
         return None, ""
     try:
@@ -42,7 +48,7 @@ def picture_of(sample: Sample) -> tuple[Image.Image | None, str]:
     if (picture.height, picture.width) != (sample.height, sample.width):
         reason = f"{sample.image}: is {picture.height}x{picture.width} (height x width), not as its record says"
         return Image.new("RGB", (sample.width, sample.height), GREY), reason
-    return picture, ""
+    return (change.apply(picture) if change else picture), ""
 
 
 def turn_overlay(picture: Image.Image, turn: Turn, cell: int) -> Image.Image:
@@ -95,7 +101,7 @@ def contact_sheet(asked: Sequence[Asked], columns: int = 4, cell: int = 300) -> 
 
 
 def _tile(one: Asked, cell: int) -> Image.Image:
-    picture, reason = picture_of(one.sample)
+    picture, reason = picture_of(one.sample, one.change)
     tile = Image.new("RGB", (cell, cell + 8 * _LINE), PAPER)
     end = _write(tile, one.turn.instruction, 0, 15, INK, 3)
     facts = [describe_turn(one.turn), one.turn.kind, one.source, "the picture cannot be shown" if reason else ""]

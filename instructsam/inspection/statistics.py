@@ -1,7 +1,8 @@
 """What a training set is made of: sizes of pictures and masks, how much an instruction asks for, of what kind it is.
 
-Samples become small `Facts`, and these become figures. Sources of which only some samples were measured, or that an
-epoch sees several times, count with a weight, so that the figures of all together are those of an epoch.
+Samples, as one epoch asks them, become small `Facts`, and these become figures; a sample without a turn counts nowhere.
+Sources of which only some samples were measured, or that an epoch sees several times, count with a weight, so that the
+figures of all together are those of an epoch.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ QUANTITIES: dict[str, tuple[str, str, str, Bins]] = {
     "instances_per_instruction": ("Instances an instruction asks for", "instances", "instructions", FEW),
     "instances_per_phrase": ("Instances of a phrase", "instances", "phrases", FEW),
     "phrases_per_instruction": ("Phrases of an answer", "phrases", "instructions", FEW),
-    "turns_per_sample": ("Instructions of a sample", "instructions", "samples", TURNS),
+    "turns_per_sample": ("Instructions asked of a sample at once", "instructions", "samples", TURNS),
     "phrase_words": ("Words of a phrase", "words", "phrases", WORDS),
     "instruction_words": ("Words of an instruction", "words, without those of a template", "instructions", WORDS),
     "mask_area": ("Area of an instance", "% of the picture", "instances", AREA),
@@ -96,7 +97,7 @@ def statistics(groups: Sequence[tuple[Sequence[Facts], float]]) -> dict[str, Any
         weights[name].extend([weight] * len(found))
 
     for samples, weight in groups:
-        for facts in samples:
+        for facts in (one for one in samples if one.turns):
             add("turns_per_sample", weight, len(facts.turns))
             add("mask_area", weight, *facts.areas)
             if facts.height:

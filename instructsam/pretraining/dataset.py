@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -65,6 +66,13 @@ class GroundedDataset(InstructionDataset):
         self.values = attribute_values(self.samples[row] for row in self.rows.tolist())
         self.generic_phrase = generic_phrase
         self.num_generic = num_generic if generic_phrase else 0
+
+    def num_phrases(self, epoch: int = 0) -> NDArray[np.float64]:
+        return super().num_phrases(epoch) + self.num_generic
+
+    def num_tokens(self, epoch: int = 0) -> NDArray[np.float64]:
+        markup = 16  # of a turn and its phrase
+        return super().num_tokens(epoch) + self.num_generic * (self.processor.num_queries + markup)
 
     def _subset(self, sample: Sample, rng: np.random.Generator) -> Turn:
         most = min(len(sample.objects), self.processor.num_queries)

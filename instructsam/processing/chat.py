@@ -84,8 +84,18 @@ class ChatLayout:
         added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
         # A word-level tokenizer's <unk> may be written; where one of ours doubles as unknown token, it may not.
         self._reserved = [token for token in added if token != tokenizer.unk_token or token in QWEN_IDS]
+        self._cache()
+
+    def _cache(self) -> None:
         self._markup = lru_cache(maxsize=None)(self._tokenise)
         self._known_text = lru_cache(maxsize=65536)(self._tokenise_user_text)
+
+    def __getstate__(self) -> dict[str, Any]:  # data workers that are started anew get it pickled, without the caches
+        return {key: value for key, value in self.__dict__.items() if key not in ("_markup", "_known_text")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._cache()
 
     def _tokenise(self, text: str) -> tuple[int, ...]:
         return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])

@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import nn
 
+from instructsam.data.budgets import Sizes
 from instructsam.data.checks import Skips
 from instructsam.data.dataset import InstructionDataset
 from instructsam.data.samples import Samples
@@ -29,7 +28,8 @@ OBJECTIVES = ("instruct", "pretrain_detector", "pretrain_vlm")
 class Task:
     """What is trained on what: the model inside `objective`, the data and how to batch it.
 
-    `group_by`: sizes of the samples, where steps are to consist of similar ones (data.group_by_masks).
+    `sizes`: tokens and phrases of the samples of an epoch. `group_by`: what else steps are to be alike in, if anything
+    (data.group_by).
     """
 
     model: InstructSAM
@@ -37,7 +37,8 @@ class Task:
     objective: nn.Module
     dataset: InstructionDataset
     collate: Callable[[list[Any]], dict[str, Any]]
-    group_by: NDArray[np.float64] | None = None
+    sizes: tuple[Sizes, Sizes] | None = None
+    group_by: Sizes | None = None
 
 
 def build_task(settings: Mapping[str, Any]) -> Task:
@@ -68,8 +69,12 @@ def build_task(settings: Mapping[str, Any]) -> Task:
             task = Task(model, processor, trained, dataset, processor.collate)
         else:
             task = _pretraining_task(name, model, processor, samples, objective, options)
-    if data.get("group_by_masks"):
-        task.group_by = task.dataset.num_masks()
+    sizes = {"masks": task.dataset.num_masks, "phrases": task.dataset.num_phrases, "tokens": task.dataset.num_tokens}
+    task.sizes = (sizes["tokens"], sizes["phrases"])
+    if data["group_by"] is not None:
+        if data["group_by"] not in sizes:
+            raise ValueError(f"data.group_by={data['group_by']!r} is not null or one of {', '.join(sizes)}")
+        task.group_by = sizes[data["group_by"]]
     return task
 
 
@@ -92,6 +97,8 @@ def _pretraining_task(
     if name == "pretrain_detector":
         criterion = SetCriterion(CriterionConfig.from_mapping(objective.pop("criterion", {})))
         trained = DetectorPretraining(model, criterion, sizes, **objective)
+    elif "criterion" in objective:
+        raise ValueError(f"objective {name} has no criterion (debug=overfit is for objective=instruct or release)")
     else:
         trained = VLMPretraining(model, sizes, **objective)
     return Task(model, processor, trained, dataset, partial(collate_grounded, processor))

@@ -50,6 +50,11 @@ def sample_of(*texts: str, form: str = "phrase", **changes) -> Sample:
         ("to the left of the bright upright cleft", "to the right of the bright upright cleft"),
         ("man in the middle", "man in the middle"),
         ("right side left elephant", "left side right elephant"),
+        ("third zebra from the far left", "third zebra from the far right"),
+        ("the second leftmost cup", "the second rightmost cup"),
+        ("cup next to the plate", "cup next to the plate"),
+        ("second shelf from the top", "second shelf from the top"),
+        ("counting from the left, which star is the third?", "counting from the right, which star is the third?"),
     ],
 )
 def test_sides_that_are_clear_change_places(text, flipped):
@@ -60,6 +65,17 @@ def test_sides_that_are_clear_change_places(text, flipped):
 @pytest.mark.parametrize(
     "text",
     [
+        "second zebra",
+        "2nd giraffe",
+        "the First cup",
+        "last elephant in the row",
+        "third man from the end",
+        "the next dog, please",
+        "second man in the back row",
+        "second cup in front of the plate",
+        "second dog on the left",
+        "third book from left on the second shelf",
+        "the 21st sheep",
         "the dog right behind him",
         "right next to the car",
         "what is he doing right now?",

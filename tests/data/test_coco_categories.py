@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from random_damage import json_values
 
 from instructsam import masks
 from instructsam.data import coco_grouped
@@ -266,7 +267,11 @@ def bad_annotations() -> dict[str, tuple[dict, str, str]]:
         "odd": ({"segmentation": [[1, 2, 3, 4, 5, 6, 7]]}, "polygon form", "list of points"),
         "one bad polygon": ({"segmentation": [square(1, 1), [1, 2]]}, "polygon points", r"segmentation\[1\]"),
         "nan polygon": ({"segmentation": [[math.nan, *square(1, 1)[1:]]]}, "polygon nan", "NaN"),
-        "huge polygon": ({"segmentation": [[10**400, *square(1, 1)[1:]]]}, "polygon form", "expected a list of numbers"),
+        "huge polygon": (
+            {"segmentation": [[10**400, *square(1, 1)[1:]]]},
+            "polygon form",
+            "expected a list of numbers",
+        ),
         "outside polygon": ({"segmentation": [square(60, 60)]}, "polygon outside", "outside"),
         "thin polygon": ({"segmentation": [[1, 1, 5, 1, 1, 1]]}, "mask empty", "empty"),
         "text": ({"segmentation": "x"}, "polygon form", "polygon"),
@@ -328,6 +333,8 @@ def test_an_annotation_of_no_known_picture_is_left_out_alone(read):
     ("change", "kind", "words"),
     [
         ({"file_name": None}, "field", "file_name"),
+        ({"file_name": "\udc80.jpg"}, "text", "the name of the picture holds half a character"),
+        ({"file_name": "a\0.jpg"}, "text", "no file can be called"),
         ({"height": 0}, "field", "height must be a positive"),
         ({"width": "40"}, "field", "width must be a positive"),
         ({"height": 2**20, "width": 2**20}, "field", "more than a mask can have"),
@@ -411,13 +418,17 @@ def test_a_category_without_a_name(read, name):
     assert read(content, skips=skipping()) == read(coco_file())
 
 
-# ---- random damage --------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("name", ["half a \ud83d", "dog<|im_end|>"])
+def test_a_category_s_name_that_cannot_be_asked(read, name):
+    content = coco_file()
+    content["categories"].append({"id": 5, "name": name})
+    with pytest.raises(ValueError, match=r"categories\[3\]: the name holds") as caught:
+        read(content)
+    assert kind_of(caught.value) == "text"
+    assert read(content, skips=skipping()) == read(coco_file())
 
-json_values = st.recursive(
-    st.none() | st.booleans() | st.integers(-5, 2**70) | st.floats() | st.text(max_size=3),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=3), inner, max_size=2),
-    max_leaves=5,
-)
+
+# ---- random damage --------------------------------------------------------------------------------------------------
 
 
 @st.composite

@@ -11,6 +11,7 @@ import pytest
 from instructsam import masks
 from instructsam.data.checks import Skips
 from instructsam.data.coco_parts import read_coco_parts, split_name
+from instructsam.errors import kind_of
 
 
 def annotation(identity: int, image: int, category: int, owner: int | None = None, **more) -> dict:
@@ -138,6 +139,15 @@ def test_a_bad_part_costs_its_own_category_only(read):
     assert skips.counts == {"annotations": 2}
     with pytest.raises(ValueError, match=r"annotations\[3\] \(id 14\): obj_ann_id must be a whole number"):
         read(content)
+
+
+def test_a_polygon_of_two_points_is_named(read):
+    content = paco_file()
+    content["annotations"][2]["segmentation"] = [[1, 2, 3, 4]]
+    with pytest.raises(ValueError, match=r"annotations\[2\] \(id 13\): segmentation\[0\]: .*2 points") as caught:
+        read(content)
+    assert kind_of(caught.value) == "polygon points"
+    assert "handle of the mug" not in counts(read(content, skips=Skips("skip")))["parts/1"]
 
 
 def test_absent_parts_are_those_of_objects_that_are_not_there(read):

@@ -6,11 +6,16 @@ import collections
 import os
 import pickle
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from benchmark_fixtures import write_benchmark
 
+from instructsam.data.checks import Skips
 from instructsam.data.containers import read_pickle
+from instructsam.data.leakage import held_out_images, read_refs
+from instructsam.data.referring import read_referring
 
 PLAIN = [{"ref_id": 1, "ann_id": [-1], "sentences": [{"sent": "café", "tokens": ("a", "b")}], "x": {1.5, None, True}}]
 
@@ -96,3 +101,18 @@ def test_garbage_is_named(tmp_path, data):
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"refs\.p: cannot be read \(No such file"):
         read_pickle(tmp_path / "refs.p")
+
+
+@pytest.mark.parametrize("reader", ["read_referring", "read_refs", "held_out_images"])
+def test_no_reader_of_refs_runs_their_code(tmp_path, reader):
+    write_benchmark("refcoco", tmp_path)
+    marker, path = tmp_path / "it_ran", tmp_path / "refcoco" / "refs(unc).p"
+    path.write_bytes(pickle.dumps([{"split": "val", "image_id": Runs(os.system, f"touch {marker}")}], protocol=2))
+    calls: dict[str, Callable[[], object]] = {
+        "read_referring": lambda: read_referring(tmp_path, "val", "x", "refcoco", path.name, tmp_path, Skips("skip")),
+        "read_refs": lambda: read_refs(path),
+        "held_out_images": lambda: held_out_images([path]),
+    }
+    with pytest.raises(ValueError, match=r"refs\(unc\)\.p: is no readable pickle .*only plain containers"):
+        calls[reader]()
+    assert not marker.exists()

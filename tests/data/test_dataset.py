@@ -416,7 +416,7 @@ def test_wrong_settings_of_parts(make_processor, picture):
     with pytest.raises(ValueError, match="augmentation.flip=2"):
         InstructionDataset(samples, make_processor(), augmentation={"flip": 2})
     dataset = InstructionDataset(samples, make_processor(), composition=None, augmentation=None)
-    assert dataset.composition == Composition() and dataset.augmentation == Augmentation()
+    assert dataset.asking.composition == Composition() and dataset.asking.augmentation == Augmentation()
 
 
 def test_sizes_for_the_sampler_respect_the_limits(make_processor):
@@ -455,3 +455,43 @@ def test_pretraining_items_are_flipped_as_a_whole(make_processor, world):
     gone = [dataclasses.replace(samples[0], image=Path("none.png"))]
     with pytest.raises(DataError, match="no such image file"):
         GroundedDataset(SampleList(gone), processor, on_bad="skip")[(0, 0)]
+
+
+@pytest.mark.multiprocess
+def test_data_workers_may_be_started_anew(make_processor, picture):
+    """As torch does where forking is not safe; everything then goes through a pickle."""
+    dataset = InstructionDataset(SampleList([talk(picture, 1, 2), talk(picture, 1)]), make_processor())
+    keys = [(0, 0), (0, 1), (3, 0)]
+    loader = torch.utils.data.DataLoader(
+        dataset, batch_size=None, sampler=keys, num_workers=1, multiprocessing_context="spawn"
+    )
+    for key, item in zip(keys, loader, strict=True):
+        assert torch.equal(item["input_ids"], dataset[key]["input_ids"])
+
+
+def test_a_turn_that_is_too_large_does_not_hide_behind_plain_ones(make_processor, picture):
+    plain = tuple(Turn(f"hello {k}", answer=("Good day.",)) for k in range(2))
+    phrases = tuple(PhraseTarget(f"p{k}", (MASK,)) for k in range(12))
+    for turn, limits in (
+        (Turn("list all", phrases), {"max_phrases": 10}),
+        (Turn("list all", phrases), {"max_instances": 11}),
+        (Turn("all", (PhraseTarget("many", (MASK,) * 9), *phrases[:3])), {"max_instances": 10, "max_phrases": 10}),
+    ):
+        hidden = Sample("hidden", picture, 64, 64, (*plain, turn))
+        with pytest.raises(DataError, match=r"sample hidden: the instruction '.*' alone has"):
+            InstructionDataset(SampleList([hidden]), make_processor(), composition=limits)
+        dataset = InstructionDataset(SampleList([hidden]), make_processor(), composition=limits, on_bad="skip")
+        assert dataset.left_out == {"turns": 1} and len(dataset.usable(0).turns) == 2
+
+
+def test_a_dialogue_is_asked_from_its_beginning(make_processor):
+    turns = tuple(Turn(f"t{k}", answer=("yes",), kind="conversation") for k in range(15))
+    dialogue = Sample("dialogue", None, 0, 0, turns)
+    dataset = InstructionDataset(SampleList([dialogue]), make_processor(), turns_per_image=10, independent_turns=False)
+    for epoch in range(20):
+        assert [turn.instruction for turn in dataset.draw((epoch, 0)).turns] == [f"t{k}" for k in range(10)]
+    alone = InstructionDataset(SampleList([dialogue]), make_processor(), turns_per_image=10, independent_turns=True)
+    assert {tuple(turn.instruction for turn in alone.draw((epoch, 0)).turns) for epoch in range(20)} == {("t0",)}
+    mixed = dataclasses.replace(dialogue, turns=(*turns[:3], dataclasses.replace(turns[3], kind="other")))
+    free = InstructionDataset(SampleList([mixed]), make_processor(), turns_per_image=10, independent_turns=True)
+    assert len(free.draw((0, 0)).turns) == 4

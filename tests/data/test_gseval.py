@@ -74,6 +74,7 @@ FAULTS = {
     "no caption": ({"caption": None}, "the instruction must be a string"),
     "no mask": ({"segmentation": []}, "has no segmentation"),
     "mask": ({"segmentation": {"size": [96, 80], "counts": "garbage!"}}, "segmentation: "),
+    "two points": ({"segmentation": [[1, 1, 9, 9]]}, r"segmentation\[0\]: .*2 points"),
     "size": ({"height": 80, "width": 96}, r"segmentation: size is 96x80 .*expected 80x96"),
 }
 

@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from random_damage import json_values
 
 from instructsam import masks
 from instructsam.data.checks import Skips
 from instructsam.data.lisa import CROWDS, read_lisa_plus
+from instructsam.data.sources import parse_sources, read_source
 from instructsam.errors import DataError
 
 HEIGHT, WIDTH = 20, 30
@@ -87,14 +89,18 @@ def test_ids_name_the_instances_and_their_category_the_phrase(read, tmp_path):
     assert (turn.instruction, turn.form, turn.kind) == ("Which animals sleep?", "sentence", "reasoning")
     assert turn.phrases[0].text == "dog" and turn.answer == () and not turn.phrases[0].box_only
     assert corners(turn) == [(10, 10), (0, 0)]
-    assert mixed.turns[0].phrases[0].text == "object" and corners(mixed.turns[0]) == [(0, 0), (20, 4)]
+    assert mixed.turns[0].phrases[0].text == "" and corners(mixed.turns[0]) == [(0, 0), (20, 4)]
     assert other.image.name == "000000000035.jpg" and other.turns[0].phrases[0].text == "cat"
     assert corners(other.turns[0]) == [(1, 2)]
 
 
-def test_the_generic_phrase_is_an_argument(read):
-    (sample,) = read(asked([11, 13]), phrase="target")
-    assert sample.turns[0].phrases[0].text == "target"
+def test_the_generic_phrase_is_the_source_s(read, tmp_path):
+    read(asked([11, 13]))
+    files = {"file": f"{tmp_path}/lisa.json", "instances": f"{tmp_path}/instances.json", "image_root": "images"}
+    for phrase in ("object", "target"):
+        (source,) = parse_sources({"lisa": {"reader": "lisa_plus", **files, "phrase": phrase}})
+        (sample,) = read_source(source, Skips())
+        assert sample.turns[0].phrases[0].text == phrase
 
 
 def test_the_answer_text_stands_before_the_phrase(read):
@@ -172,7 +178,13 @@ COCO_FAULTS: dict[str, tuple[Any, str, str, dict[str, int]]] = {
         "text",
         {"categories": 1, "records": 1},
     ),
-    "image size": (changed("images", 0, height=0), "image 34 .* lacks file_name, height", "field", {"records": 1}),
+    "image size": (
+        changed("images", 0, height=0),
+        "image 34 of the instances file: height must be a positive number",
+        "field",
+        {"records": 1},
+    ),
+    "image pixels": (changed("images", 0, height=2**40), "image 34 .* more than a mask can", "field", {"records": 1}),
     "image": (changed("images", 0, id=None), r"images\[0\]: expected an object", "field", {"images": 1, "records": 1}),
     "mask": (
         changed("annotations", 0, segmentation=SHORT),
@@ -208,6 +220,17 @@ def test_faults_of_the_instances_file(read, name):
         assert len(samples) == 1 and skips.counts == counts
 
 
+def test_cp1252_files(read, tmp_path):
+    records = [asked([11]) | {"English Question": "The caf\xe9\u2019s dog?"}]
+    read(asked([11]))
+    (tmp_path / "lisa.json").write_bytes(json.dumps(records, ensure_ascii=False).encode("cp1252"))
+    files = (tmp_path / "lisa.json", tmp_path / "instances.json", tmp_path)
+    (sample,) = read_lisa_plus(*files, encoding="cp1252")
+    assert sample.turns[0].instruction == "The caf\xe9\u2019s dog?"
+    with pytest.raises(DataError, match=r"lisa\.json: \[0\]: is not utf-8 at byte \d+: .*encoding: cp1252"):
+        list(read_lisa_plus(*files))
+
+
 def test_files_of_another_form_are_an_error(read, tmp_path):
     with pytest.raises(ValueError, match=r"lisa\.json: no usable record"):
         read()
@@ -222,13 +245,6 @@ def test_files_of_another_form_are_an_error(read, tmp_path):
         list(read_lisa_plus(tmp_path / "lisa.json", tmp_path / "instances.json", tmp_path, skips=Skips("skip")))
 
 
-JSON = st.recursive(
-    st.none() | st.integers() | st.floats() | st.text(max_size=5) | st.just(10**400),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["id", "size", "counts"]), inner),
-    max_leaves=6,
-)
-
-
 @given(st.data())
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_damage_gives_samples_or_a_named_error(read, tmp_path, data):
@@ -237,7 +253,7 @@ def test_damage_gives_samples_or_a_named_error(read, tmp_path, data):
     instances = copy.deepcopy(coco())
     holder: Any = data.draw(st.sampled_from([*records, *instances["annotations"][:4], instances["images"][0]]))
     key = data.draw(st.sampled_from(sorted(holder)))
-    holder[key] = data.draw(JSON)
+    holder[key] = data.draw(json_values)
     if data.draw(st.booleans()):
         del holder[key]
     records.append(asked([21], "000000000035.jpg", answer="No."))

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from random_damage import json_values
 
 from instructsam import masks
 from instructsam.data.checks import Skips
@@ -101,7 +102,8 @@ def test_transparent_pixels_are_no_target(tmp_path):
         ({"mask_path": "mask/half.png"}, "image broken", "truncated"),
         ({"mask_path": "mask/empty.png"}, "mask empty", "empty"),
         ({"height": 30, "width": 20}, "mask size", r"height and width \(20, 30\), the record says \(30, 20\)"),
-        ({"height": 20, "width": None}, "field", "height and width"),
+        ({"height": 20, "width": None}, "field", "width must be a positive number of pixels"),
+        ({"height": 2**20, "width": 2**20}, "field", "pixels are more than a mask can have"),
         ({"mask_path": None}, "field", "neither mask nor box"),
         ({"mask_path": None, "bbox": [1, 2, 3]}, "box form", "four numbers"),
         ({"mask_path": None, "bbox": [1, 2, float("nan"), 4]}, "box nan", "NaN"),
@@ -123,6 +125,16 @@ def test_bad_records(folder, change, kind, words):
     assert skips.counts == {"records": 1}
 
 
+@pytest.mark.parametrize("mode", ["1", "L", "P", "RGBA"])
+def test_a_mask_with_an_orientation_is_turned_as_pictures_are(folder, mode):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    stored = Image.fromarray((TARGET * 255).astype(np.uint8)).transpose(Image.Transpose.ROTATE_90)
+    stored.convert("RGB").convert(mode).save(folder / "mask" / "1.png", exif=exif)
+    (sample,) = read(folder, records()[:1])
+    np.testing.assert_array_equal(masks.decode(sample.turns[0].phrases[0].rles[0]), TARGET)
+
+
 def test_bad_settings_and_files(folder):
     with pytest.raises(ValueError, match="neither mask_key nor box_key"):
         read(folder, records(), mask_key=None, box_key=None)
@@ -132,13 +144,6 @@ def test_bad_settings_and_files(folder):
         read(folder, records()[2:3], box_key=None)
     with pytest.raises(ValueError, match=r"train\.json: expected a list of records"):
         read(folder, {"a": records()}, skips=Skips("skip"))
-
-
-json_values = st.recursive(
-    st.none() | st.booleans() | st.integers(-5, 2**70) | st.floats() | st.text(max_size=3),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=3), inner, max_size=2),
-    max_leaves=5,
-)
 
 
 @settings(deadline=None, max_examples=100)

@@ -7,6 +7,7 @@ the upright picture: the brightest pixels that the detector is shown are those o
 from __future__ import annotations
 
 import json
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,10 @@ from PIL import Image
 from transformers import AutoTokenizer
 
 from instructsam.data.coco_categories import read_coco_categories
+from instructsam.data.coco_instructions import read_coco_instructions
 from instructsam.data.png_masks import read_png_masks
+from instructsam.data.referring import read_referring
+from instructsam.data.release_train import read_release_train
 from instructsam.errors import kind_of
 from instructsam.processing.processor import InstructSAMProcessor
 from instructsam.structures import Sample
@@ -90,6 +94,40 @@ def read_png(folder: Path, image: str) -> Sample:
     return sample
 
 
+def read_refer(folder: Path, image: str) -> Sample:
+    x, y, w, h = BOX
+    entry = {"id": 1, "image_id": 5, "category_id": 1, "segmentation": [[x, y, x + w, y, x + w, y + h, x, y + h]]}
+    ref = {"ref_id": 0, "ann_id": 1, "image_id": 5, "split": "train", "sentences": [{"sent_id": 1, "sent": "square"}]}
+    (folder / "refs.p").write_bytes(pickle.dumps([ref], protocol=2))
+    images = [{"id": 5, "file_name": image, "height": HEIGHT, "width": WIDTH}]
+    (folder / "instances.json").write_text(json.dumps({"images": images, "annotations": [entry]}))
+    (sample,) = read_referring(folder, "train", "refer", ".", "refs.p", folder).samples
+    return sample
+
+
+def read_own(folder: Path, image: str) -> Sample:
+    (folder / "train" / "images").mkdir(parents=True)
+    (folder / image).rename(folder / "train" / "images" / image)
+    images = [{"id": 5, "file_name": image, "height": HEIGHT, "width": WIDTH}]
+    content = {"images": images, "annotations": [{"id": 1, "image_id": 5, "bbox": BOX}]}
+    line = {"id": "a", "image_id": 5, "instruction": "it", "phrases": [{"phrase": "square", "annotation_ids": [1]}]}
+    (folder / "train" / "instances.json").write_text(json.dumps(content))
+    (folder / "train" / "instructions.jsonl").write_text(json.dumps(line))
+    (sample,) = read_coco_instructions(folder, "train")
+    return sample
+
+
+def read_release(folder: Path, image: str) -> Sample:
+    """Without height and width in the record: they are the upright picture's."""
+    annotation = {"type": "phrase", "text": "square", "ann_type": "bbox", "ann": [BOX]}
+    (folder / "train.json").write_text(json.dumps([{"image": image, "annotation": [annotation]}]))
+    (sample,) = read_release_train(folder / "train.json", folder)
+    return sample
+
+
+READERS = [read_masks, read_boxes, read_png, read_refer, read_own, read_release]
+
+
 def check(processor: InstructSAMProcessor, sample: Sample) -> None:
     assert (sample.height, sample.width) == (HEIGHT, WIDTH)
     item = processor.encode_sample(sample)
@@ -104,7 +142,7 @@ def check(processor: InstructSAMProcessor, sample: Sample) -> None:
     assert columns > rows
 
 
-@pytest.mark.parametrize("read", [read_masks, read_boxes, read_png])
+@pytest.mark.parametrize("read", READERS)
 @pytest.mark.parametrize("orientation", STORED)
 def test_annotations_refer_to_the_upright_picture(processor, tmp_path, orientation: int, read):
     save(tmp_path / "photo.jpg", orientation=orientation)
@@ -115,9 +153,10 @@ def test_annotations_refer_to_the_upright_picture(processor, tmp_path, orientati
     ("mode", "suffix"), [("L", "jpg"), ("CMYK", "jpg"), ("P", "png"), ("RGBA", "png"), ("LA", "png"), ("I;16", "png")]
 )
 @pytest.mark.parametrize("orientation", [1, 6])
-def test_pictures_of_every_mode(processor, tmp_path, mode: str, suffix: str, orientation: int):
+@pytest.mark.parametrize("read", [read_masks, read_refer, read_release])
+def test_pictures_of_every_mode(processor, tmp_path, mode: str, suffix: str, orientation: int, read):
     save(tmp_path / f"photo.{suffix}", mode, orientation)
-    check(processor, read_masks(tmp_path, f"photo.{suffix}"))
+    check(processor, read(tmp_path, f"photo.{suffix}"))
 
 
 @pytest.mark.parametrize("orientation", [5, 6, 7, 8])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 
 import numpy as np
@@ -100,6 +101,9 @@ FAULTS = {
     "no points": ({"shapes": [{"label": "target"}]}, r"shapes\[0\]\.points"),
     "two points": ({"shapes": [{"label": "target", "points": [[1, 1], [4, 4]]}]}, r"shapes\[0\]\.points.*has 2 points"),
     "outside": ({"shapes": [rectangle("target", 500, 1, 510, 5)]}, r"shapes\[0\]\.points.*outside the image"),
+    "shapes gone": ({"shapes": ...}, "has no list 'shapes'"),
+    "text gone": ({"text": ...}, "has no list 'text' with a question"),
+    "is_sentence gone": ({"is_sentence": ...}, "is_sentence must be true or false, got None"),
     "no shapes": ({"shapes": None}, "has no list 'shapes'"),
     "no target": ({"shapes": [rectangle("ignore", 1, 1, 5, 5)]}, "no pixel of a target is left"),
     "hidden": ({"shapes": [rectangle("target", 1, 1, 5, 5), rectangle("ignore", 1, 1, 5, 5)]}, "no pixel of a target"),
@@ -112,14 +116,21 @@ FAULTS = {
 @pytest.mark.parametrize("name", FAULTS)
 def test_faults_are_named_and_skipped(root, name):
     changes, message = FAULTS[name]
-    save_json(first_file(root), {**json.loads(first_file(root).read_text()), **changes})
+    entry = {**json.loads(first_file(root).read_text()), **changes}
+    save_json(first_file(root), {key: value for key, value in entry.items() if value is not ...})
     with pytest.raises(ValueError, match=rf"{scenes()[0].name}\.json: .*{message}|{scenes()[0].name}\.json: {message}"):
         read_reasonseg(root, "val")
     read = read_reasonseg(root, "val", skips=Skips("skip"))
     assert len(turns(read)) == len(scenes()) - 1 and read.skipped == {"instructions": 1}
 
 
-@pytest.mark.parametrize("data", [b"{", b"[]", b"\x81\x8d"])
+def test_a_byte_order_mark_is_no_part_of_the_text(root):
+    whole = turns(read_reasonseg(root, "val"))
+    first_file(root).write_bytes(codecs.BOM_UTF8 + first_file(root).read_bytes())
+    assert turns(read_reasonseg(root, "val")) == whole
+
+
+@pytest.mark.parametrize("data", [b"{", b"[]", b"\x81\x8d", b"[" * 100_000])
 def test_broken_files_are_named(root, data):
     first_file(root).write_bytes(data)
     with pytest.raises(ValueError, match=rf"{scenes()[0].name}\.json: "):

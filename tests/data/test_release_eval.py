@@ -10,7 +10,7 @@ from benchmark_fixtures import release_records, save_json, scenes, write_benchma
 
 from instructsam import masks
 from instructsam.data.checks import Skips
-from instructsam.data.release_eval import FORMS, read_release_eval
+from instructsam.data.release_eval import LAYOUTS, read_release_eval
 
 WRITTEN = {"inst2seg": "inst2seg", "grefcoco": "grefcoco_release", "reasonseg": "reasonseg_release"}
 
@@ -108,6 +108,8 @@ FAULTS = {
     "annotation": (with_first("inst2seg", annotation=[3]), r"\[0\]: annotation\[0\]: expected an object, got int"),
     "empty text": (annotation(text=""), r"\[0\] annotation\[0\]: the instruction is empty"),
     "no text": (annotation(text=None), r"\[0\] annotation\[0\]: the instruction must be a string, got None"),
+    "two points": (annotation(mask=[[1, 1, 9, 9]]), r"\[0\] annotation\[0\]: mask\[0\]: .*2 points"),
+    "two points in lists": (annotation(mask=[[[1, 1, 9, 9]]]), r"\[0\] annotation\[0\]: mask\[0\]\[0\]: .*2 points"),
     "mask size": (annotation(mask=[SMALL]), r"\[0\] annotation\[0\]: mask\[0\]: size is 4x4"),
     "mask form": (annotation(mask="abc"), r"\[0\] annotation\[0\]: mask: expected an RLE"),
     "polygon outside": (annotation(mask=[[200, 1, 210, 1, 210, 9]]), r"\[0\] annotation\[0\]: .*outside the image"),
@@ -143,7 +145,7 @@ def test_missing_pictures_are_listed(read, tmp_path):
 def test_broken_files_are_named(read, tmp_path):
     with pytest.raises(ValueError, match=r"x_val\.json: expected a list of records, got dict"):
         read("inst2seg", {"records": []}, skips=Skips("skip"))
-    with pytest.raises(ValueError, match="form='lvis' is none of inst2seg, grefcoco"):
+    with pytest.raises(ValueError, match="layout='lvis' is none of inst2seg, grefcoco"):
         read_release_eval(tmp_path, "val", "x", "lvis", "x.json", tmp_path)
     with pytest.raises(ValueError, match=r"none\.json: cannot be read"):
-        read_release_eval(tmp_path, "val", "x", next(iter(FORMS)), "none.json", tmp_path)
+        read_release_eval(tmp_path, "val", "x", next(iter(LAYOUTS)), "none.json", tmp_path)

@@ -70,6 +70,11 @@ FAULTS = {
         r"images\[27\]: id 10000 occurs a second time",
         {"images": 1},
     ),
+    "two points": (
+        annotation(segmentation=[[1, 1, 9, 9]]),
+        r"image 10000: annotations\[0\] \(id 0\): segmentation\[0\]: .*2 points",
+        {"instructions": 1},
+    ),
     "mask": (
         annotation(segmentation={"size": [96, 80], "counts": [7]}),
         r"image 10000: annotations\[0\] \(id 0\): segmentation: counts sum to 7",

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
+import os
 import pickle
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 from benchmark_fixtures import refer_set, save_json, scenes, write_benchmark
 
-from instructsam.data.checks import Skips
-from instructsam.data.leakage import coco_id, held_out_images, read_refs
+from instructsam.data.checks import Place, Skips
+from instructsam.data.leakage import Leakage, coco_id, held_out_images, read_refs
 from instructsam.data.samples import Mixture
+from instructsam.data.source_files import FILES
 from instructsam.data.sources import (
+    _OWN,
     READERS,
     Source,
     check_files,
@@ -26,6 +31,7 @@ from instructsam.data.sources import (
 )
 from instructsam.data.table import write_table
 from instructsam.errors import DataError
+from instructsam.prepare import prepare
 from instructsam.structures import PhraseTarget, Sample, Turn
 
 LAST = len(scenes())  # the picture of the training split
@@ -97,6 +103,7 @@ def test_a_reader_that_names_its_samples_gets_the_source_s_name(refer):
         ({"form": "question"}, "form='question' is none of '', 'category'"),
         ({"needs": "a/file"}, "needs must be a list, got 'a/file'"),
         ({"kinds": "counting"}, "kinds must be a list"),
+        ({"repeats": 2, "weight": 1.5}, "has repeats and a weight; give one of them"),
     ],
 )
 def test_wrong_settings_are_named(world, change, reason):
@@ -153,10 +160,10 @@ def test_pictures_of_other_splits_are_left_out_where_the_source_says_so(refer):
     source = parse_sources({"refcoco": {**refer, "split": "val"}})[0]
     whole = list(read_source(source, Skips(), {1, 3}))
     assert [coco_id(sample.image) for sample in whole] == [1, 2, 3, 4]
-    dropped: list[Sample] = []
-    left = list(read_source(dataclasses.replace(source, held_out=True), Skips(), {1, 3, 99}, dropped.append))
-    assert [coco_id(sample.image) for sample in left] == [2, 4]
-    assert left + dropped == [whole[1], whole[3], whole[0], whole[2]]
+    leakage = Leakage()
+    left = list(read_source(dataclasses.replace(source, held_out=True), Skips(), {1, 3, 99}, leakage))
+    assert left == [whole[1], whole[3]] and [coco_id(sample.image) for sample in left] == [2, 4]
+    assert leakage == Leakage(samples=2, pictures={1, 3}, known=2)
 
 
 def test_bad_entries_go_through_skips(refer, tmp_path):
@@ -174,11 +181,17 @@ def test_bad_entries_go_through_skips(refer, tmp_path):
 
 
 def test_the_recipe_is_all_that_samples_depend_on(world):
-    def recipe(held=("refs.p",), **changes):
+    def recipe(held=("refs.p",), on_bad="raise", **changes):
         (source,) = parse_sources({"a": {**own(world), **changes}})
-        return json.dumps(table_recipe(source, {"held_out": list(held)}))
+        return json.dumps(table_recipe(source, {"held_out": list(held), "on_bad": on_bad}))
 
-    assert recipe() == recipe(repeats=5) == recipe(needs=["x"], get="y", expected=3) == recipe(held=["other.p"])
+    assert (
+        recipe()
+        == recipe(repeats=5)
+        == recipe(weight=5.5)
+        == recipe(needs=["x"], get="y", expected=3)
+        == recipe(held=["other.p"])
+    )
     changes: list[dict[str, Any]] = [
         {"split": "val"},
         {"form": "phrase"},
@@ -186,6 +199,7 @@ def test_the_recipe_is_all_that_samples_depend_on(world):
         {"kinds": ["counting"]},
         {"held_out": True},
         {"held_out": True, "held": ["other.p"]},
+        {"on_bad": "skip"},
     ]
     assert len({recipe(), *(recipe(**change) for change in changes)}) == 1 + len(changes)
 
@@ -194,7 +208,8 @@ def test_the_recipe_is_all_that_samples_depend_on(world):
 
 
 def everything(mixture: Mixture) -> list[Sample]:
-    return [mixture[index] for index in range(len(mixture))]
+    """What an epoch sees of it."""
+    return [mixture[index] for index in mixture.draws().of_epoch(0).tolist()]
 
 
 def write_tables(data: dict[str, Any]) -> None:
@@ -218,13 +233,32 @@ def test_tables_give_what_the_files_give(world, refer, tmp_path):
     write_tables(prepared)
     tables = open_sources(prepared)
     assert everything(tables) == everything(read)
-    assert read.names == ("own", "refcoco") and read.repeats == (2, 3)
+    assert read.names == ("own", "refcoco") and read.repeats == {"own": 2, "refcoco": 3}
     assert {coco_id(sample.image) for sample in read.parts[1]} == {1, 3, 4}
     for opened in (open_sources({**data, "limit": 2}), open_sources({**prepared, "limit": 2})):
-        assert [len(part) for part in opened.parts] == [2, 2] and len(opened) == 10
+        assert [len(part) for part in opened.parts] == [2, 2] and len(everything(opened)) == 10
         assert everything(opened)[:2] == everything(read)[:2]
     with pytest.raises(ValueError, match="data.limit=0: must be at least 1"):
         open_sources({**data, "limit": 0})
+
+
+def test_sources_are_mixed_by_weight_or_by_repeats(world):
+    """A configuration's repeats are taken back by null. A weight that nothing comes of is an error."""
+    first, second = own(world, repeats=None, weight=1), own(world, split="val", weight=3)
+    mixture = open_sources({"sources": {"a": first, "b": second}, "epoch_samples": 40})
+    drawn = [mixture.locate(number)[0] for number in mixture.draws().of_epoch(2).tolist()]
+    assert (drawn.count("a"), drawn.count("b")) == (10, 30)
+    halves = open_sources({"sources": {"a": own(world, repeats=0.5), "b": own(world, repeats=None)}})
+    assert halves.repeats == {"a": 0.5, "b": 1} and len(halves.draws()) == 6 + 12
+    for settings, reason in (
+        ({"sources": {"a": first, "b": own(world)}, "epoch_samples": 40}, "all sources need a weight.* without: b"),
+        ({"sources": {"a": first}}, "data.epoch_samples=None: goes with the weights"),
+        ({"sources": {"b": own(world)}, "epoch_samples": 40}, "data.epoch_samples=40: goes with the weights"),
+        ({"sources": {"a": own(world, repeats=0)}}, "source a: repeats must be a number above 0, got 0"),
+        ({"sources": {"a": own(world, weight="x")}, "epoch_samples": 9}, "source a: weights must be a number above 0"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            open_sources(settings)
 
 
 def test_tables_that_are_missing_or_out_of_date_are_named_together(world, tmp_path):
@@ -257,6 +291,10 @@ def test_missing_files_are_found_before_anything_is_read(world, tmp_path):
         ("0000000581857.jpg", None),  # 13 digits
         ("ADE_train_00000001.jpg", None),
         ("000000581857", None),
+        ("obj365_train_000000226592.jpg", None),
+        ("train_000000226592.jpg", None),
+        ("COCO_val2014_000000000042.png", 42),
+        ("COCO_test2015_000000000042.jpg", 42),
         (None, None),
     ],
 )
@@ -295,3 +333,145 @@ def test_refs_are_read_from_pickles_and_json(tmp_path):
     save_json(tmp_path / "refs.json", refs)
     (tmp_path / "refs.p").write_bytes(pickle.dumps(refs, 2))
     assert read_refs(tmp_path / "refs.json") == read_refs(tmp_path / "refs.p") == refs
+
+
+def test_pictures_that_cannot_be_told_are_counted_and_a_source_of_nothing_else_refused(
+    world, tmp_path, caplog, monkeypatch
+):
+    def pictures(*names: str | None) -> None:
+        turn = Turn("dog", (PhraseTarget("dog"),))
+        made = [Sample(str(k), name and Path(name), 2, 2, (turn,)) for k, name in enumerate(names)]
+        monkeypatch.setitem(READERS, "listed", lambda skips=None: iter(made))
+
+    held_out = [refs_file(tmp_path / "held.json", {2: "val"})]
+    data = {"sources": {"a": {"reader": "listed", "held_out": True}}, "held_out": held_out, "prepared": None}
+    pictures(f"{2:012}.jpg", f"{2:012}.png", f"{3:012}.jpg", "dog.jpg", None)
+    assert [sample.id for sample in everything(open_sources(data))] == ["2", "3", "4"]
+    (record,) = caplog.records
+    assert record.message == (
+        "a: left out 2 samples about 1 pictures of validation and test splits; "
+        "kept 1 samples though their pictures' names give no COCO id to tell by"
+    )
+    pictures("dog.jpg", None)
+    with pytest.raises(
+        DataError, match=r"no picture of a is named by a COCO id .* data.sources.a.held_out=false"
+    ) as caught:
+        open_sources(data)
+    assert caught.value.kind == "leakage"
+    assert len(open_sources({**data, "sources": {"a": {"reader": "listed"}}})) == 2
+    pictures(None)
+    assert len(open_sources(data)) == 1
+
+
+def test_held_out_without_a_file_that_says_what_is_an_error(world, tmp_path):
+    sources = {"a": own(world, held_out=True), "b": own(world)}
+    for prepared in (None, str(tmp_path)):
+        for held_out in ([], None):
+            with pytest.raises(ValueError, match=r"^a: held_out is true, but .*: data.held_out=\[data/refer"):
+                open_sources({"sources": sources, "held_out": held_out, "prepared": prepared})
+    assert len(open_sources({"sources": {"b": own(world)}, "held_out": [], "prepared": None})) == 12
+
+
+# ---- readers and files ----------------------------------------------------------------------------------------------
+
+
+def test_no_argument_of_a_reader_is_hidden_by_a_setting_of_sources():
+    for name, reader in READERS.items():
+        hidden = set(inspect.signature(reader).parameters) & _OWN - {"name"}  # the name is handed over
+        assert not hidden, name
+
+
+def test_the_release_s_layouts_and_lisa_s_phrase_can_be_given(tmp_path):
+    write_benchmark("inst2seg", tmp_path)
+    files = {"root": str(tmp_path), "split": "test", "file": "{split}.json", "image_root": str(tmp_path / "images")}
+    (source,) = parse_sources({"a": {"reader": "release_eval", "layout": "inst2seg", "form": "phrase", **files}})
+    turns = [turn for sample in read_source(source, Skips()) for turn in sample.turns]
+    assert {turn.form for turn in turns} == {"phrase"} and {turn.phrases[0].text for turn in turns} == {"object"}
+
+
+def test_every_reader_names_its_files():
+    assert set(FILES) == set(READERS)
+
+
+@pytest.fixture
+def tabled(world, tmp_path) -> dict[str, Any]:
+    """A source without ``needs`` on a copy of the tiny world, and its table."""
+    shutil.copytree(world / "val", tmp_path / "world" / "val")
+    data = {"sources": {"a": own(tmp_path / "world", split="val")}, "prepared": str(tmp_path / "tables")}
+    prepare({"data": data, "only": None, "force": False, "workers": 1})
+    return data
+
+
+@pytest.mark.parametrize("name", ["instances.json", "instructions.jsonl"])
+def test_training_refuses_a_table_whose_files_have_changed(tabled, tmp_path, name):
+    file = tmp_path / "world" / "val" / name
+    assert len(open_sources(tabled)) == 6
+    times = file.stat()
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns + 10**9))
+    with pytest.raises(
+        ValueError, match=rf"1 sources are not prepared:\n  a: .*{name}: new or changed since the table was"
+    ):
+        open_sources(tabled)
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+    file.write_bytes(file.read_bytes() + b"\n")
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+    with pytest.raises(ValueError, match="new or changed"):  # of the same time, but longer
+        open_sources(tabled)
+    file.unlink()
+    assert len(open_sources(tabled)) == 6  # tables do without their files
+
+
+def test_files_of_patterns_and_of_held_out_pictures_are_compared_too(refer, tmp_path):
+    write_benchmark("reasonseg", tmp_path)
+    held = refs_file(tmp_path / "held.json", {1: "val"})
+    sources = {
+        "questions": {"reader": "reasonseg", "root": str(tmp_path), "split": "val"},
+        "refcoco": {**refer, "split": "val", "held_out": True},
+    }
+    data = {"sources": sources, "prepared": str(tmp_path / "tables"), "held_out": [held]}
+    prepare({"data": data, "only": None, "force": False, "workers": 1})
+    assert len(open_sources(data)) > 5
+    first = sorted((tmp_path / "val").glob("*.json"))[0]
+    (tmp_path / "val" / "new.json").write_bytes(first.read_bytes())
+    refs_file(tmp_path / "held.json", {1: "val", 2: "val"})
+    with pytest.raises(ValueError) as caught:
+        open_sources(data)
+    lines = str(caught.value).splitlines()
+    assert "new.json: new or changed" in lines[1] and "held.json: new or changed" in lines[2]
+
+
+def test_crowd_regions_of_training_sources_are_no_instances(tmp_path):
+    """Of a referring set they are left out of the list; in COCO they leave out their category in that picture."""
+    write_benchmark("grefcoco", tmp_path)
+    refs, instances = refer_set(lists=True)
+    several = next(ref for ref in refs if len(ref["ann_id"]) > 1)
+    first = several["ann_id"][0]
+    for entry in instances["annotations"]:
+        entry["iscrowd"] = int(entry["id"] == first)
+    save_json(tmp_path / "grefcoco" / "grefs(unc).json", [{**several, "split": "train"}])
+    save_json(tmp_path / "grefcoco" / "instances.json", instances)
+    files = {"folder": "grefcoco", "refs": "grefs(unc).json", "image_root": str(tmp_path / "train2014")}
+    file = str(tmp_path / "grefcoco" / "instances.json")
+    sources = {
+        "grefcoco": {"reader": "referring", "root": str(tmp_path), "split": "train", **files},
+        "coco": {"reader": "coco_categories", "file": file, "image_root": files["image_root"]},
+    }
+    grefcoco, coco = open_sources({"sources": sources, "prepared": None}).parts
+    assert {len(turn.phrases[0].rles) for turn in grefcoco[0].turns} == {len(several["ann_id"]) - 1}
+    asked = {sample.id for sample in (coco[k] for k in range(len(coco)))}
+    assert asked == {f"coco/{k}" for k in range(1, LAST + 1)} - {f"coco/{several['image_id']}"}
+
+
+def test_max_bad_counts_for_each_source_by_itself(monkeypatch):
+    def read(count: int, skips: Skips) -> Any:
+        for k in range(count):
+            with skips.entry("records", Place("x.json", f"[{k}]")):
+                raise DataError("bad")
+        yield Sample("s", None, 0, 0, (Turn("hello", answer=("Good day.",)),))
+
+    monkeypatch.setitem(READERS, "bad", read)
+    data = {"sources": {name: {"reader": "bad", "count": 2} for name in "ab"}, "prepared": None}
+    skips = Skips("skip", 2)
+    assert len(open_sources(data, skips)) == 2 and skips.counts["records"] == 4
+    with pytest.raises(DataError, match="2 bad entries, more than the 1 allowed"):
+        open_sources(data, Skips("skip", 1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import multiprocessing
 import pickle
@@ -15,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from instructsam import masks
-from instructsam.data.checks import Skips
+from instructsam.data.checks import Problem, Skips
 from instructsam.data.samples import SIZES, SampleSizes
 from instructsam.data.table import SampleTable, write_table
 from instructsam.errors import DataError
@@ -294,3 +295,25 @@ def test_pages_that_were_read_do_not_stay_in_memory(tmp_path):
         if number % 100 == 99:
             most = max(most, resident(tmp_path))
     assert first == 0 and 0 < most < 20e6
+
+
+def test_what_no_table_can_hold_costs_its_sample_alone(tmp_path):
+    """Arrow would refuse a whole block of rows for one of them."""
+    turn = Turn("dog", (PhraseTarget("dog"),))
+    good = Sample("good", Path("a.jpg"), 4, 4, (turn,))
+    bad = [
+        dataclasses.replace(good, id="high", height=2**40),
+        dataclasses.replace(good, id="large", height=2**20, width=2**20),
+        dataclasses.replace(good, id="half", objects=({"category": "a \ud83d"},)),
+    ]
+    problems: list[Problem] = []
+    write_table(tmp_path / "t", [good, *bad, good], {}, skips=Skips("skip", report=problems.append))
+    assert len(SampleTable(tmp_path / "t")) == 2
+    assert [(str(problem.place), problem.kind) for problem in problems] == [
+        ("high", "field"),
+        ("large", "field"),
+        ("half", "text"),
+    ]
+    for one in bad:
+        with pytest.raises(DataError, match=f"^{one.id}: "):
+            write_table(tmp_path / "u", [good, one], {})

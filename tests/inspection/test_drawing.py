@@ -9,14 +9,22 @@ from typing import Any
 import numpy as np
 import pytest
 
-from instructsam.data.composition import Composition
+from instructsam.data.dataset import InstructionDataset
+from instructsam.data.samples import SampleList
 from instructsam.data.sources import READERS, parse_sources, table_recipe
 from instructsam.data.table import write_table
-from instructsam.inspection.drawing import Reservoir, as_asked, draw
-from instructsam.masks import box_to_rle
+from instructsam.inspection import drawing
+from instructsam.inspection.drawing import Asker, Drawn, Reservoir
+from instructsam.inspection.statistics import statistics
+from instructsam.masks import bboxes, box_to_rle
+from instructsam.processing.processor import InstructSAMProcessor
 from instructsam.structures import PhraseTarget, Sample, Turn
 
 RLE = box_to_rle([0, 0, 2, 2], 8, 8)
+
+
+def draw(data: dict[str, Any], num: int, limit: int, seed: int, num_queries: int | None = 10) -> list[Drawn]:
+    return drawing.draw(data, num, limit, seed, Asker.of(data, num_queries))
 
 
 def samples(count: int, instances: int = 1) -> list[Sample]:
@@ -91,12 +99,78 @@ def test_tables_are_drawn_from_as_files_are(data, tmp_path):
     assert draw({**prepared, "limit": 3}, 8, 50, 0)[0].total == 3
 
 
+def words(count: int = 3, instances: int = 1) -> Sample:
+    names = ("dog", "cat", "bird", "fish", "fox")[:count]
+    turns = tuple(Turn(word, (PhraseTarget(word, (RLE,) * instances),), form="phrase") for word in names)
+    return Sample("s", Path("a.png"), 8, 8, turns, joint=True)
+
+
 def test_a_sample_is_shown_as_it_would_be_asked():
-    turns = tuple(Turn(word, (PhraseTarget(word, (RLE,)),), form="phrase") for word in ("dog", "cat", "bird"))
-    sample = Sample("s", Path("a.png"), 8, 8, turns, joint=True)
     rng = np.random.default_rng(0)
-    (joint,) = as_asked(sample, Composition(joint_probability=1.0), rng).turns
-    assert sorted(phrase.text for phrase in joint.phrases) == ["bird", "cat", "dog"]
-    assert all(word in joint.instruction for word in ("dog", "cat", "bird"))
-    alone = as_asked(sample, Composition(joint_probability=0.0, pairs=False), rng).turns
-    assert len(alone) == 3 and all(turn.instruction not in ("dog", "cat", "bird") for turn in alone)
+    joint, _ = Asker.of({"composition": {"joint_probability": 1.0}, "turns_per_image": 9}, 10).ask(words(), rng)
+    (turn,) = joint.turns
+    assert sorted(phrase.text for phrase in turn.phrases) == ["bird", "cat", "dog"]
+    assert all(word in turn.instruction for word in ("dog", "cat", "bird"))
+    apart = {"composition": {"joint_probability": 0.0, "pairs": False}}
+    alone, _ = Asker.of({**apart, "turns_per_image": 9}, 10).ask(words(), rng)
+    assert len(alone.turns) == 3 and all(turn.instruction not in ("dog", "cat", "bird") for turn in alone.turns)
+    few, _ = Asker.of({**apart, "turns_per_image": 2}, 10).ask(words(), rng)
+    assert len(few.turns) == 2
+    with pytest.raises(ValueError, match="turns_per_image=0"):
+        Asker.of({"turns_per_image": 0}, 10)
+    with pytest.raises(ValueError, match="too_many_instances='cut'"):
+        Asker.of({"too_many_instances": "cut"}, 10)
+
+
+def test_pictures_are_changed_as_training_changes_them():
+    asker = Asker.of({"augmentation": {"flip": 1.0}, "turns_per_image": 1}, 10)
+    flipped, change = asker.ask(words(1), np.random.default_rng(0))
+    assert change.flip and bboxes(flipped.turns[0].phrases[0].rles).tolist() == [[6, 0, 8, 2]]
+
+
+@pytest.mark.parametrize(
+    ("policy", "expected"),
+    [("drop", [["few"], ["few"]]), ("truncate", [["few", "many"], ["few"], ["many"]]), ("raise", [["few"]])],
+)
+def test_phrases_of_too_many_instances_are_not_shown_as_asked(policy, expected):
+    few, many = PhraseTarget("few", (RLE,) * 2), PhraseTarget("many", (RLE,) * 5)
+    sample = Sample("s", Path("a.png"), 8, 8, (Turn("both", (few, many)), Turn("few", (few,)), Turn("many", (many,))))
+    asker = Asker.of({"too_many_instances": policy, "turns_per_image": 9}, 3)
+    asked, _ = asker.ask(sample, np.random.default_rng(0))
+    assert sorted([phrase.text for phrase in turn.phrases] for turn in asked.turns) == sorted(expected)
+    assert max(len(phrase.rles) for turn in asked.turns for phrase in turn.phrases) == (
+        3 if policy == "truncate" else 2
+    )
+    free = Asker.of({"too_many_instances": policy, "turns_per_image": 9}, None)
+    assert len(free.ask(sample, np.random.default_rng(0))[0].turns) == 3
+
+
+def test_the_same_is_asked_as_by_the_training_set(checkpoint):
+    """What is shown and measured must be what `InstructionDataset` draws."""
+    processor = InstructSAMProcessor.from_pretrained(checkpoint)
+    joint = {"joint_probability": 0.5, "max_phrases": 4}
+    data = {"composition": joint, "augmentation": {"flip": 0.5}, "turns_per_image": 3, "too_many_instances": "truncate"}
+    sample = words(5, processor.num_queries + 2)
+    dataset = InstructionDataset(SampleList([sample]), processor, independent_turns=False, **data)
+    asker = Asker.of({**data, "independent_turns": False}, processor.num_queries)
+    for epoch in range(40):
+        drawn = dataset.draw((epoch, 0))
+        asked, _ = asker.ask(sample, dataset.generator((epoch, 0)))
+        assert asked.turns == drawn.turns
+        facts = asker.facts(sample, dataset.generator((epoch, 0)))
+        assert [[count for _, count, _ in turn.phrases] for turn in facts.turns] == [
+            [len(phrase.rles) for phrase in turn.phrases] for turn in drawn.turns
+        ]
+
+
+def test_samples_of_which_nothing_is_asked_are_counted_and_not_shown(data):
+    large, small = draw(data, 20, 50, 0, num_queries=1)
+    assert (large.silent, small.silent, len(small.shown), len(small.facts)) == (0, 10, 0, 10)
+    assert statistics([(small.facts, 1.0)])["turns_per_sample"]["mean"] is None
+
+
+def test_weights_say_how_often_an_epoch_sees_a_source(data):
+    for name, weight in (("large", 1), ("small", 3)):
+        data["sources"][name] |= {"weight": weight, "repeats": None}
+    large, small = draw({**data, "epoch_samples": 40}, 8, 50, 0)
+    assert (large.epoch, small.epoch) == (10, 30) and large.weight * 50 == 10 and small.weight * 10 == 30

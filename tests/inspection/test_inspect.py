@@ -12,9 +12,10 @@ import pytest
 from PIL import Image
 from tiny_fixtures import settings_of
 
+from instructsam.data.augmentation import PictureChange
 from instructsam.data.coco_instructions import read_coco_instructions
 from instructsam.inspect import inspect
-from instructsam.inspection.page import answer_text, page
+from instructsam.inspection.page import Shown, answer_text, page
 from instructsam.inspection.pictures import GREY, Asked, contact_sheet, describe_turn, picture_of, turn_overlay
 from instructsam.inspection.statistics import facts_of, statistics
 from instructsam.masks import box_to_rle
@@ -57,12 +58,12 @@ def turn(text: str = "find it", *boxes: list[int], **values: Any) -> Turn:
 
 def of(samples: list[Sample], **values: Any) -> dict[str, Any]:
     figures = statistics([(list(map(facts_of, samples)), 1.0)])
-    own = {"samples": 1000, "counted": len(samples), "repeats": 3, "left_out": {"records": 2}}
+    own = {"samples": 1000, "counted": len(samples), "epoch": 3000, "left_out": {"records": 2}, "aside": {"points": 7}}
     return {"sources": {"own": {**own, **figures}}, "all": figures}
 
 
 def shown(*samples: Sample) -> Page:
-    return Page(page("Samples", of(list(samples)), [("own", one) for one in samples], ["a note"]).decode())
+    return Page(page("Samples", of(list(samples)), [Shown("own", one) for one in samples], ["a note"]).decode())
 
 
 def test_the_page_shows_samples_with_all_their_turns(tmp_path):
@@ -74,6 +75,7 @@ def test_the_page_shows_samples_with_all_their_turns(tmp_path):
     images = [attributes["src"] for tag, attributes in found.tags if tag == "img"]
     assert len(images) == 4 and all(source.startswith("data:image/jpeg;base64,") for source in images)
     assert "→ [the thing: 1]" in found.text and "3,000" in found.text and "2 records" in found.text
+    assert "7 points" in found.text
     assert found.count("svg") == 8
 
 
@@ -135,6 +137,10 @@ def test_the_command_on_the_tiny_world(world, tmp_path):
     instances = [sum(len(phrase.rles) for phrase in one.phrases) for scene in samples for one in scene.turns]
     own = found["sources"]["tiny_world"]
     assert (own["samples"], own["counted"], own["left_out"]) == (len(samples), len(samples), {})
+    # An epoch asks 8 instructions of an image; with a larger number all of them.
+    assert own["turns_per_sample"]["mean"] == np.mean([min(len(one.turns), 8) for one in samples])
+    found = inspect({**settings, "data": {**settings["data"], "turns_per_image": 100}})
+    own = found["sources"]["tiny_world"]
     assert own["turns_per_sample"]["mean"] == pytest.approx(instructions / len(samples))
     assert found["all"]["instances_per_instruction"]["mean"] == pytest.approx(np.mean(instances))
     assert found["all"]["no_target"] == pytest.approx(instances.count(0) / instructions)
@@ -150,7 +156,40 @@ def test_the_command_on_the_tiny_world(world, tmp_path):
     assert "tiny_world (6 of 12)" in (tmp_path / "index.html").read_text()
 
 
-@pytest.mark.parametrize("key", ["num", "seed", "statistics_limit"])
+def test_figures_and_page_are_of_what_training_asks(world, tmp_path):
+    base = settings_of("inspect", f"data.root={world}", f"output_dir={tmp_path}", "num=12")
+    whole = inspect(base)["all"]
+    text = Page((tmp_path / "index.html").read_text()).text
+    assert "max_length" in text and "Phrases of more than 10 instances" in text
+
+    def changed(**data: Any) -> dict[str, Any]:
+        return inspect({**base, "num_queries": 2, "data": {**base["data"], **data}})["all"]
+
+    assert whole["instances_per_phrase"]["max"] > 2 and whole["turns_per_sample"]["max"] > 1
+    assert changed(too_many_instances="truncate")["instances_per_phrase"]["max"] == 2
+    dropped = changed(too_many_instances="drop", turns_per_image=100)
+    assert dropped["instances_per_phrase"]["max"] == 2
+    kept = changed(too_many_instances="truncate", turns_per_image=100)
+    assert dropped["turns_per_sample"]["mean"] < kept["turns_per_sample"]["mean"]
+    assert changed(turns_per_image=1)["turns_per_sample"]["max"] == 1
+
+
+def test_a_flipped_picture_is_shown_flipped(tmp_path):
+    pixels = np.zeros((60, 80, 3), dtype=np.uint8)
+    pixels[:, :40] = 255
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    one = sample(tmp_path / "a.png", turn("find it", [0, 0, 9, 9]))
+    plain, flipped = (picture_of(one, PictureChange(flip=flip))[0] for flip in (False, True))
+    assert plain.getpixel((0, 0)) == flipped.getpixel((79, 0)) == (255, 255, 255)
+    assert flipped.getpixel((0, 0)) == (0, 0, 0)
+    sheets = [
+        np.asarray(contact_sheet([Asked("own", one, one.turns[0], change)]))
+        for change in (PictureChange(), PictureChange(True))
+    ]
+    assert not np.array_equal(*sheets)
+
+
+@pytest.mark.parametrize("key", ["num", "seed", "statistics_limit", "num_queries"])
 def test_settings_out_of_range_are_refused(key, tmp_path):
     settings = settings_of("inspect", f"output_dir={tmp_path}")
     with pytest.raises(ValueError, match=f"{key}=-1"):

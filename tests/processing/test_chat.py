@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -124,3 +126,13 @@ def test_conversation_about_no_picture(chat):
 def test_turn_of_a_sample():
     turn = Turn("Where?", (PhraseTarget("mug"),), kind="phrase", answer=("The ", "."))
     assert ChatTurn.of(turn) == ("Where?", ["mug"], ("The ", "."))
+
+
+def test_a_pickled_layout_encodes_as_before(chat):
+    turns = [ChatTurn("Where?", ["red mug"], ["Sure, ", "."])]
+    expected = chat.encode(2, turns)  # with filled caches
+    copy = pickle.loads(pickle.dumps(chat))
+    for _ in range(2):
+        assert torch.equal(copy.encode(2, turns).input_ids, expected.input_ids)
+    with pytest.raises(DataError, match="reserved token"):
+        copy.encode(2, [ChatTurn("a [SEG]", ["b"])])
