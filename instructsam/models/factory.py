@@ -35,7 +35,7 @@ VISION_TOKENS = {
     "vision_end_token_id": "<|vision_end|>",
 }
 SETTINGS = {"checkpoint", "vlm_path", "detector_path", "tokenizer", "config", "init", "dtype", "attn_implementation"}
-SETTINGS |= {"lora", "gradient_checkpointing", "vlm_image", "max_length", "mask_resize"}
+SETTINGS |= {"lora", "gradient_checkpointing", "compile_vision", "vlm_image", "max_length", "mask_resize"}
 MAX_VISUAL_TOKENS = 8192  # DESIGN section 8
 # Options of a checkpoint that may be set anew, since no tensor hangs on them.
 FREE_OPTIONS = ("attention_variant", "max_phrase_tokens")
@@ -49,7 +49,8 @@ def build_model(settings: Mapping[str, Any], seed: int = 0) -> tuple[InstructSAM
             comes from; ``config`` holds arguments of `InstructSAMConfig` (token ids come from the tokenizer);
             ``init`` lists parts to take from other checkpoints ({checkpoint, modules}); ``dtype``,
             ``attn_implementation``, ``lora`` (see `LoraSettings`), ``gradient_checkpointing``; ``vlm_image`` (pixel
-            limits), ``max_length`` and ``mask_resize`` of the processor.
+            limits), ``max_length`` and ``mask_resize`` of the processor. ``compile_vision`` is acted on later, when it
+            is known what trains: see `compiling.compile_frozen_vision`.
         seed: of new weights; the same seed gives the same weights whatever was drawn before.
 
     Raises:

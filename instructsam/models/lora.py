@@ -143,12 +143,17 @@ def has_adapter(folder: str | Path) -> bool:
 
 
 def save_with_adapter(
-    model: PreTrainedModel, folder: str | Path, dtype: torch.dtype | None = None, **save_kwargs: Any
+    model: PreTrainedModel,
+    folder: str | Path,
+    dtype: torch.dtype | None = None,
+    state_dict: dict[str, torch.Tensor] | None = None,
+    **save_kwargs: Any,
 ) -> None:
     """Save a model, with its adapter in a folder of its own if it has one; the model itself stays as it is.
 
     Args:
         dtype: of every floating-point tensor in the files; None keeps the model's.
+        state_dict: what to save in place of the model's own tensors, where these are split over processes.
         save_kwargs: for ``save_pretrained``.
 
     Raises:
@@ -167,12 +172,14 @@ def save_with_adapter(
         shutil.rmtree(folder / ADAPTER_FOLDER)  # of an earlier save
     if has_lora(model):
         (folder / ADAPTER_FOLDER).mkdir(parents=True)
-        adapter = {PREFIX + name: cast(tensor).contiguous() for name, tensor in _adapter_state(model).items()}
+        adapter = {
+            PREFIX + name: cast(tensor).contiguous() for name, tensor in _adapter_state(model, state_dict).items()
+        }
         save_file(adapter, folder / ADAPTER_FOLDER / WEIGHTS_FILE, metadata={"format": "pt"})
         config = copy.deepcopy(_peft_config_of(model))
         config.inference_mode = True
         config.save_pretrained(str(folder / ADAPTER_FOLDER))
-    state = {name: cast(tensor) for name, tensor in base_state_dict(model).items()}
+    state = {name: cast(tensor) for name, tensor in base_state_dict(model, state_dict).items()}
     model.save_pretrained(folder, state_dict=state, **save_kwargs)
     if save_kwargs.get("is_main_process", True):
         saved = copy.deepcopy(model.config)
@@ -180,9 +187,9 @@ def save_with_adapter(
         saved.save_pretrained(folder)
 
 
-def base_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The model's tensors without adapters, under the names that they have without LoRA."""
-    state = model.state_dict()
+def base_state_dict(model: nn.Module, state_dict: dict[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
+    """The model's tensors (or those of `state_dict`) without adapters, under the names that they have without LoRA."""
+    state = model.state_dict() if state_dict is None else state_dict
     return {name.replace(".base_layer.", "."): value for name, value in state.items() if ".lora_" not in name}
 
 
@@ -269,5 +276,7 @@ def _peft_config_of(model: Any) -> Any:
     return model.peft_config[NAME]
 
 
-def _adapter_state(model: nn.Module) -> dict[str, torch.Tensor]:
-    return _peft().get_peft_model_state_dict(model, adapter_name=NAME, save_embedding_layers=False)
+def _adapter_state(model: nn.Module, state_dict: dict[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
+    return _peft().get_peft_model_state_dict(
+        model, state_dict=state_dict, adapter_name=NAME, save_embedding_layers=False
+    )

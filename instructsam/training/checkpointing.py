@@ -1,24 +1,22 @@
-"""Training checkpoints: everything a killed run needs to go on to the same loss curve, written atomically.
+"""Training checkpoints: everything a killed run needs to go on to the same loss curve, whatever the engine.
 
     OUTPUT_DIR/checkpoints/step_000500/
-        objective.safetensors   weights and buffers of what is trained
-        training.pt             optimizer, scheduler, gradient scaler (tensors and numbers; read with weights_only=True)
-        rng.pt                  random states of torch, CUDA, numpy and Python, one entry a rank
-        state.json              step, fingerprint of the configuration, size and checksum of the files; written last
+        weights.safetensors     what trains (or everything: trainer.save_frozen) and stored buffers, under their names
+        optimizer.safetensors   "exp_avg/NAME", "exp_avg_sq/NAME", "step/NAME": whole tensors
+        ema.safetensors         with trainer.ema_decay: the averages, under the names of the weights
+        rng.pt                  random states of torch, CUDA, numpy and Python, one entry a process
+        state.json              step, place in the data, fingerprint of the configuration, checksums; written last
 
-A checkpoint is written to `step_000500.tmp` and renamed, so a directory without the suffix is whole, bar damage to the
-disk, which the checksums find. Only rank 0 writes. The two `_..._training_state` methods are the place where an engine
-that shards its state comes in.
+Tensors are whole, not cut up as an engine holds them: a run may go on under another engine and with another number of
+processes. Only the main process writes; all read, so on several nodes the folder must be on a disk that they share.
+What does not train is not stored (unless asked for): it comes from where it came from in the first place, and a
+checksum tells whether it is still the same.
 """
 
 from __future__ import annotations
 
 import json
-import logging
-import os
 import random
-import re
-import shutil
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,97 +24,67 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 from safetensors import SafetensorError
-from safetensors.torch import load_model, save_model
-from torch import nn
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
-logger = logging.getLogger(__name__)
+from instructsam.training.checkpoint_files import (
+    FOLDER,
+    clean,
+    fingerprint_differences,
+    latest,
+    path_of,
+    prune,
+    publish,
+    read_state,
+    remove,
+    write_state,
+)
+from instructsam.training.engines import Engine, OptimizerState
 
-FORMAT = 1
-FOLDER = "checkpoints"
-WEIGHTS_FILE, TRAINING_FILE, RNG_FILE, STATE_FILE = "objective.safetensors", "training.pt", "rng.pt", "state.json"
-_NAME = re.compile(r"^step_(\d+)$")
-
-
-def list_checkpoints(output_dir: str | Path) -> list[Path]:
-    """Checkpoint directories of a run from oldest to newest step, whole or damaged, without unfinished (.tmp) ones."""
-    folder = Path(output_dir) / FOLDER
-    if not folder.is_dir():
-        return []
-    found = [(int(match[1]), path) for path in folder.iterdir() if (match := _NAME.match(path.name)) and path.is_dir()]
-    return [path for _, path in sorted(found)]
-
-
-def find_damage(checkpoint: str | Path) -> str | None:
-    """Why a checkpoint cannot be used (missing, truncated or altered files), or None for a sound one."""
-    checkpoint = Path(checkpoint)
-    try:
-        state = read_state(checkpoint)
-    except ValueError as error:
-        return str(error)
-    for name, expected in state["files"].items():
-        path = checkpoint / name
-        if not path.is_file():
-            return f"{name} is missing"
-        if path.stat().st_size != expected["bytes"]:
-            return f"{name} has {path.stat().st_size} bytes instead of {expected['bytes']}"
-        if _checksum(path) != expected["crc32"]:
-            return f"the checksum of {name} is wrong"
-    return None
-
-
-def latest(output_dir: str | Path) -> Path | None:
-    """Newest sound checkpoint of a run, or None; damaged ones are passed over with a warning."""
-    for path in reversed(list_checkpoints(output_dir)):
-        damage = find_damage(path)
-        if damage is None:
-            return path
-        logger.warning("skipping damaged checkpoint %s: %s", path, damage)
-    return None
-
-
-def read_state(checkpoint: str | Path) -> dict[str, Any]:
-    """The state.json of a checkpoint: format, step, fingerprint, files. ValueError if missing or not one of ours."""
-    path = Path(checkpoint) / STATE_FILE
-    try:
-        state = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"cannot read {path}: {error.strerror}") from None
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from None
-    if (
-        not isinstance(state, dict)
-        or state.get("format") != FORMAT
-        or not {"step", "fingerprint", "files"} <= set(state)
-    ):
-        raise ValueError(f"{path} is not the state of a checkpoint of format {FORMAT}")
-    return state
+WEIGHTS_FILE, OPTIMIZER_FILE, EMA_FILE, RNG_FILE = (
+    "weights.safetensors",
+    "optimizer.safetensors",
+    "ema.safetensors",
+    "rng.pt",
+)
 
 
 def load_weights(checkpoint: str | Path, objective: nn.Module) -> None:
-    """Weights and buffers of a training checkpoint into an objective of the same shape (nothing else is restored).
+    """Weights and buffers of a training checkpoint into an objective, before an engine takes it over.
 
-    Raises ValueError if the names or shapes do not agree.
+    Raises ValueError if names or shapes do not agree: all that trains, and all that is stored, must be on both sides.
     """
     path = Path(checkpoint) / WEIGHTS_FILE
-    try:
-        load_model(objective, path, strict=True)
-    except (RuntimeError, OSError, SafetensorError) as error:
-        raise ValueError(f"cannot load {path}: {error}") from error
+    stored = _read(path)
+    parameters = dict(objective.named_parameters())
+    buffers = {name: b for name, b in objective.named_buffers() if name in objective.state_dict()}
+    here: dict[str, Tensor] = {**parameters, **buffers}
+    needed = {name for name in here if name in buffers or parameters[name].requires_grad}
+    problems = [f"{name} is missing" for name in sorted(needed - stored.keys())]
+    problems += [f"{name} is not part of the model" for name in sorted(stored.keys() - here.keys())]
+    problems += [
+        f"{name} has shape {tuple(stored[name].shape)} instead of {tuple(here[name].shape)}"
+        for name in sorted(stored.keys() & here.keys())
+        if stored[name].shape != here[name].shape
+    ]
+    if problems:
+        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise ValueError(f"cannot load {path}: {'; '.join(problems[:5])}{more}")
+    with torch.no_grad():
+        for name, value in stored.items():
+            here[name].copy_(value)
 
 
-def fingerprint_differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
-    """Settings that differ between two nested configurations, one text each: 'optim.lr is 0.1 there and 0.2 here'."""
-    old, new = _flatten(there), _flatten(here)
-    missing = "absent"
-    differences = []
-    for key in sorted({*old, *new}):
-        first, second = old.get(key, missing), new.get(key, missing)
-        if first != second:
-            differences.append(f"{key} is {first!r} there and {second!r} here")
-    return differences
+def frozen_checksum(objective: nn.Module) -> int:
+    """CRC-32 over names and bytes of the parameters that do not train; to be taken before an engine splits them."""
+    value = 0
+    for name, parameter in sorted(objective.named_parameters()):
+        if not parameter.requires_grad:
+            data: Any = parameter.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+            value = zlib.crc32(data, zlib.crc32(name.encode(), value))
+    return value
 
 
 def capture_rng() -> dict[str, Any]:
@@ -143,34 +111,29 @@ def restore_rng(state: Mapping[str, Any]) -> None:
 
 
 class Checkpointer:
-    """Saves and loads the checkpoints of one run; every method is called by all ranks together.
+    """Saves and loads the checkpoints of one run; every method is called by all processes together.
 
     fingerprint: nested, JSON-able settings that must not change between the parts of a run.
-    keep: how many of the newest checkpoints stay on disk (0: all).
+    keep: how many of the newest checkpoints stay on disk beside the best one (0: all).
+    save_frozen: also store what does not train.
     """
 
     def __init__(
         self,
         output_dir: str | Path,
-        accelerator: Accelerator,
-        objective: nn.Module,
-        optimizer: Any,
-        scheduler: Any,
+        engine: Engine,
         fingerprint: Mapping[str, Any],
         keep: int = 2,
+        save_frozen: bool = False,
     ) -> None:
         self.output_dir = Path(output_dir)
-        self.accelerator = accelerator
-        self.objective = objective
-        self.optimizer = optimizer
-        self.scheduler = scheduler
+        self.engine = engine
+        self.accelerator = engine.accelerator
         # Through JSON once, so that tuples and lists compare equal to what a checkpoint holds.
         self.fingerprint: dict[str, Any] = json.loads(json.dumps(fingerprint))
         self.keep = keep
-
-    def path_of(self, step: int) -> Path:
-        """Where the checkpoint after `step` steps lives."""
-        return self.output_dir / FOLDER / f"step_{step:06d}"
+        self.save_frozen = save_frozen
+        self.frozen: int | None = None
 
     def find_latest(self) -> Path | None:
         """Newest sound checkpoint, as rank 0 sees it (ranks must not disagree over a slow file system)."""
@@ -179,27 +142,16 @@ class Checkpointer:
             broadcast_object_list(found)
         return Path(found[0]) if found[0] else None
 
-    def save(self, step: int) -> Path:
-        """Write the checkpoint after `step` finished steps, then remove the oldest ones over `keep`."""
-        final = self.path_of(step)
-        temporary = final.with_name(final.name + ".tmp")
-        rng = gather_object([capture_rng()])
-        if self.accelerator.is_main_process:
-            _remove(temporary)
-            temporary.mkdir(parents=True)
-            self._write_training_state(temporary)
-            torch.save(rng, temporary / RNG_FILE)
-            self._write_state_json(temporary, step)
-            self._publish(temporary, final)
-            self._prune()
-        self.accelerator.wait_for_everyone()
-        return final
+    def load_model(self, checkpoint: Path | None, objective: nn.Module) -> dict[str, Any]:
+        """Weights of a checkpoint, if there is one, into an objective that no engine has taken over yet, with its
+        parameters frozen already; returns the checkpoint's state, or {}.
 
-    def load(self, checkpoint: str | Path) -> int:
-        """Restore everything from a checkpoint; returns its step.
-
-        Raises ValueError, before anything is changed, when it was made with other settings.
+        Raises ValueError, before anything is changed, when it was made with other settings or other frozen weights.
         """
+        frozen = frozen_checksum(objective)
+        self.frozen = None if self.save_frozen else frozen
+        if checkpoint is None:
+            return {}
         state = read_state(checkpoint)
         differences = fingerprint_differences(state["fingerprint"], self.fingerprint)
         if differences:
@@ -207,93 +159,89 @@ class Checkpointer:
                 f"{checkpoint} was made with another configuration: {'; '.join(differences)} (choose another "
                 "output_dir, or restore the setting)"
             )
-        self._read_training_state(Path(checkpoint))
-        rng = torch.load(Path(checkpoint) / RNG_FILE, map_location="cpu", weights_only=True)
-        # A run may go on with another number of ranks; the trainer seeds every step anyway.
+        if state["frozen"] not in (None, frozen):
+            raise ValueError(
+                f"{checkpoint} was made with other weights in what does not train. They are not stored, but come from "
+                "where the run started (the checkpoint or pretrained models that `model` names, or the seed): restore "
+                "these, choose another output_dir, or start runs with trainer.save_frozen=true"
+            )
+        load_weights(checkpoint, objective)
+        if state["frozen"] is None and not self.save_frozen:  # it brought them along
+            self.frozen = frozen_checksum(objective)
+        return state
+
+    def load_rest(self, checkpoint: Path, state: Mapping[str, Any]) -> dict[str, Tensor]:
+        """All but the weights, when the engine has taken over; returns the averages of the weights, if stored."""
+        self.engine.load_optimizer_state(_unflatten(_read(checkpoint / OPTIMIZER_FILE), state["optimizer_numbers"]))
+        if state["scaler"] is not None and self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        rng = torch.load(checkpoint / RNG_FILE, map_location="cpu", weights_only=True)
+        # A run may go on with another number of processes; the trainer seeds every step anyway.
         if len(rng) == self.accelerator.num_processes:
             restore_rng(rng[self.accelerator.process_index])
-        return int(state["step"])
+        return _read(checkpoint / EMA_FILE) if (checkpoint / EMA_FILE).exists() else {}
 
-    def clean(self) -> None:
-        """Remove what killed runs left behind unfinished."""
-        folder = self.output_dir / FOLDER
-        if self.accelerator.is_main_process and folder.is_dir():
-            for path in folder.glob("step_*.tmp"):
-                _remove(path)
+    def save(self, step: int, place: Mapping[str, Any], ema: Mapping[str, Tensor] | None = None) -> Path:
+        """Write the checkpoint after `step` finished steps, then remove the oldest ones over `keep`.
 
-    def _write_training_state(self, folder: Path) -> None:
-        # save_model stores a tensor that is shared under several names once, and load_model ties it again.
-        save_model(self.objective, str(folder / WEIGHTS_FILE))
-        scaler = self.accelerator.scaler
-        training = {
-            "optimizer": self.optimizer.state_dict(),
-            "scheduler": self.scheduler.state_dict(),
-            "scaler": scaler.state_dict() if scaler is not None else None,
-        }
-        torch.save(training, folder / TRAINING_FILE)
+        place: where in the data the run is, for state.json. ema: averages of the weights, whole, on the main process.
+        """
+        final = path_of(self.output_dir, step)
+        temporary = final.with_name(final.name + ".tmp")
+        rng = gather_object([capture_rng()])
+        weights = self.engine.weights(self.save_frozen)
+        tensors, numbers = _flatten_state(self.engine.optimizer_state())
+        if self.accelerator.is_main_process:
+            remove(temporary)
+            temporary.mkdir(parents=True)
+            save_file(weights, temporary / WEIGHTS_FILE)
+            save_file(tensors, temporary / OPTIMIZER_FILE)
+            if ema is not None:
+                save_file(dict(ema), temporary / EMA_FILE)
+            torch.save(rng, temporary / RNG_FILE)
+            scaler = self.accelerator.scaler
+            state = {
+                "step": step,
+                **place,
+                "engine": self.engine.name,
+                "processes": self.accelerator.num_processes,
+                "frozen": self.frozen,
+                "scaler": scaler.state_dict() if scaler is not None else None,
+                "optimizer_numbers": numbers,
+                "fingerprint": self.fingerprint,
+            }
+            write_state(temporary, state)
+            publish(temporary, final)
+            prune(self.output_dir, self.keep, step)
+        self.accelerator.wait_for_everyone()
+        return final
 
-    def _read_training_state(self, folder: Path) -> None:
-        load_weights(folder, self.objective)
-        training = torch.load(folder / TRAINING_FILE, map_location="cpu", weights_only=True)
-        self.optimizer.load_state_dict(training["optimizer"])
-        self.scheduler.load_state_dict(training["scheduler"])
-        if training["scaler"] is not None and self.accelerator.scaler is not None:
-            self.accelerator.scaler.load_state_dict(training["scaler"])
-
-    def _write_state_json(self, folder: Path, step: int) -> None:
-        files = {
-            path.name: {"bytes": path.stat().st_size, "crc32": _checksum(path)} for path in sorted(folder.iterdir())
-        }
-        state = {"format": FORMAT, "step": step, "fingerprint": self.fingerprint, "files": files}
-        (folder / STATE_FILE).write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
-
-    def _publish(self, temporary: Path, final: Path) -> None:
-        """Make the data durable first and visible second."""
-        for path in [*temporary.iterdir(), temporary]:
-            _flush_to_disk(path)
-        replaced = final.with_name(final.name + ".old.tmp")
-        _remove(replaced)
-        if final.exists():  # a damaged one that the run has come past again
-            final.rename(replaced)
-        temporary.rename(final)
-        _flush_to_disk(final.parent)
-        _remove(replaced)
-
-    def _prune(self) -> None:
-        if self.keep:
-            for path in list_checkpoints(self.output_dir)[: -self.keep]:
-                # Renamed first: a kill in the middle must not leave half a checkpoint under a good name.
-                doomed = path.with_name(path.name + ".tmp")
-                _remove(doomed)
-                path.rename(doomed)
-                _remove(doomed)
+    def clean(self, all_of_them: bool = False) -> None:
+        """Remove what killed runs left behind unfinished, or all checkpoints."""
+        if self.accelerator.is_main_process:
+            if all_of_them:
+                remove(self.output_dir / FOLDER)
+            clean(self.output_dir)
+        self.accelerator.wait_for_everyone()
 
 
-def _flatten(values: Any, prefix: str = "") -> dict[str, Any]:
-    if isinstance(values, Mapping) and values:
-        flat: dict[str, Any] = {}
-        for key, value in values.items():
-            flat |= _flatten(value, f"{prefix}.{key}" if prefix else str(key))
-        return flat
-    return {prefix: values}
+def _flatten_state(state: OptimizerState) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors by "KEY/NAME" for a file, and what is no tensor, likewise."""
+    flat = {f"{key}/{name}": value for name, values in state.items() for key, value in values.items()}
+    tensors = {name: value for name, value in flat.items() if isinstance(value, Tensor)}
+    return tensors, {name: value for name, value in flat.items() if name not in tensors}
 
 
-def _checksum(path: Path) -> int:
-    value = 0
-    with path.open("rb") as file:
-        while block := file.read(1 << 24):
-            value = zlib.crc32(block, value)
-    return value
+def _unflatten(tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> OptimizerState:
+    state: OptimizerState = {}
+    for flat, value in {**tensors, **numbers}.items():
+        key, name = flat.split("/", 1)
+        state.setdefault(name, {})[key] = value
+    return state
 
 
-def _flush_to_disk(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+def _read(path: Path) -> dict[str, Tensor]:
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _remove(path: Path) -> None:
-    if path.exists():
-        shutil.rmtree(path)
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"cannot load {path}: {error}") from error

@@ -1,14 +1,14 @@
-"""Evaluation during training: a few held-out instructions, their figures and a gallery of truth beside prediction."""
+"""Evaluation during training: a few instructions, their figures and a gallery of truth beside prediction."""
 
 from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Mapping
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, cast
 
 import numpy as np
+from torch import nn
 
 from instructsam.data.checks import Skips
 from instructsam.data.sources import check_files, parse_sources, read_source
@@ -16,44 +16,53 @@ from instructsam.data.wording import word
 from instructsam.evaluation.gallery import write_gallery
 from instructsam.evaluation.metrics import evaluate_records
 from instructsam.evaluation.runner import flatten, run
+from instructsam.models.modeling import InstructSAM
 from instructsam.predictor import Predictor
+from instructsam.structures import Sample
 from instructsam.training.build import Task
 from instructsam.training.precision import autocast_if_mixed
+from instructsam.training.tracking import gallery_path
 
 KEYS = ("mAP", "AP50", "giou", "ciou", "n_acc", "duplicate_rate", "count_error", "phrase_accuracy")
 
 
-def periodic_evaluation(task: Task, settings: Mapping[str, Any]) -> Callable[[int], dict[str, float]]:
-    """The trainer's ``evaluate``: step → figures; pictures go to OUTPUT_DIR/samples/step_N.png.
+def periodic_evaluation(task: Task, settings: Mapping[str, Any]) -> Callable[[int, nn.Module], dict[str, float]]:
+    """The trainer's ``evaluate``: step and objective → figures of its model.
+
+    Pictures go to `gallery_path`, and from there to the dashboards.
 
     Args:
-        settings: the training configuration; its ``evaluation`` has num_instructions, threshold, batch_size,
-            gallery_rows.
+        settings: the training configuration; its ``evaluation`` has data, num_instructions, threshold,
+            batch_size, gallery_rows.
     """
     options, data = settings["evaluation"], settings["data"]
-    if not data.get("val"):
-        raise ValueError("trainer.eval_every is set, but data.val names no held-out instructions; or set it to 0")
-    sources = parse_sources({"val": data["val"]})
-    check_files(sources)
+    if options["data"] not in ("val", "train"):
+        raise ValueError(f"evaluation.data={options['data']!r} is neither val nor train")
+    if options["data"] == "train":
+        asked: Iterable[Sample] = (task.dataset.usable(index) for index in range(len(task.dataset)))
+    else:
+        if not data.get("val"):
+            raise ValueError("trainer.eval_every is set, but data.val names no held-out instructions; or set it to 0")
+        sources = parse_sources({"val": data["val"]})
+        check_files(sources)
+        asked = read_source(sources[0], Skips(data["on_bad"], data["max_bad"]))
     rng = np.random.default_rng(0)  # the same words for every evaluation and run
-    samples = [
-        dataclasses.replace(sample, turns=tuple(word(turn, rng) for turn in sample.turns))
-        for sample in read_source(sources[0], Skips(data["on_bad"], data["max_bad"]))
-    ]
+    samples = [dataclasses.replace(s, turns=tuple(word(turn, rng) for turn in s.turns)) for s in asked]
     items = flatten(samples, options["num_instructions"])
 
-    def evaluate(step: int) -> dict[str, float]:
-        was_training = task.model.training
-        predictor = Predictor(task.model, task.processor)
-        with autocast_if_mixed(task.model):
+    def evaluate(step: int, objective: nn.Module) -> dict[str, float]:
+        model = cast(InstructSAM, objective.model)
+        was_training = model.training
+        predictor = Predictor(model, task.processor)
+        with autocast_if_mixed(model):
             records = run(
                 predictor, items, threshold=options["threshold"], batch_size=options["batch_size"], progress=False
             )
-        task.model.train(was_training)
+        model.train(was_training)
         if int(os.environ.get("RANK", 0)) == 0:  # all ranks predict the same
-            folder = Path(settings["output_dir"]) / "samples"
-            folder.mkdir(parents=True, exist_ok=True)
-            write_gallery(records, folder / f"step_{step:06d}.png", options["gallery_rows"])
+            path = gallery_path(settings["output_dir"], step)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_gallery(records, path, options["gallery_rows"])
         figures = evaluate_records(records)["overall"]
         return {key: figures[key] for key in KEYS if figures.get(key) is not None}
 

@@ -2,9 +2,13 @@
 
     OUTPUT_DIR/losses.jsonl        one line a step; equal runs give equal bytes, also when killed and resumed
     OUTPUT_DIR/evaluations.jsonl   one line an evaluation during training
+    OUTPUT_DIR/events.jsonl        loss spikes, skipped steps, bad samples, with sample ids (`training.health`)
     OUTPUT_DIR/progress.jsonl      speed and memory, with wall-clock times; only ever appended to
+    OUTPUT_DIR/starts.jsonl        one line a start: revision, overrides, versions (`training.provenance`); likewise
+    OUTPUT_DIR/samples/            pictures of evaluations, truth beside prediction
 
-TensorBoard and Weights & Biases are off by default and go through accelerate's trackers.
+TensorBoard and Weights & Biases are off by default and go through accelerate's trackers; both get the curves, the
+events, the pictures, the resolved configuration and what the run was started from.
 """
 
 from __future__ import annotations
@@ -20,13 +24,24 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
-import torch
+import numpy as np
 from accelerate import Accelerator
+from PIL import Image
 from tqdm import tqdm
+
+from instructsam.training.health import describe
+from instructsam.training.meters import Meter, Work
 
 logger = logging.getLogger(__name__)
 
-LOSSES_FILE, EVALUATIONS_FILE, PROGRESS_FILE = "losses.jsonl", "evaluations.jsonl", "progress.jsonl"
+LOSSES_FILE, EVALUATIONS_FILE, EVENTS_FILE = "losses.jsonl", "evaluations.jsonl", "events.jsonl"
+PROGRESS_FILE, STARTS_FILE = "progress.jsonl", "starts.jsonl"
+WANDB_MODES = ("offline", "online", "disabled")
+
+
+def gallery_path(output_dir: str | Path, step: int) -> Path:
+    """Where the pictures of the evaluation after `step` are."""
+    return Path(output_dir) / "samples" / f"step_{step:06d}.png"
 
 
 class Ledger:
@@ -86,7 +101,11 @@ class Ledger:
 
 
 class Tracking:
-    """All records of one run. Does nothing on ranks other than 0."""
+    """All records of one run. Does nothing on ranks other than 0.
+
+    Args:
+        peak_flops: what a device could do a second, for the utilisation; None: unknown.
+    """
 
     def __init__(
         self,
@@ -96,55 +115,89 @@ class Tracking:
         log_every: int,
         progress_bar: bool,
         max_epochs: float,
+        peak_flops: float | None = None,
     ) -> None:
         self.accelerator = accelerator
         self.is_main = accelerator.is_main_process
         self.log_every = log_every
-        folder = Path(output_dir)
-        self.losses = Ledger(folder / LOSSES_FILE)
-        self.evaluations = Ledger(folder / EVALUATIONS_FILE)
-        self.progress = Ledger(folder / PROGRESS_FILE)
+        self.folder = Path(output_dir)
+        self.losses = Ledger(self.folder / LOSSES_FILE)
+        self.evaluations = Ledger(self.folder / EVALUATIONS_FILE)
+        self.events = Ledger(self.folder / EVENTS_FILE)
+        self.progress = Ledger(self.folder / PROGRESS_FILE)
+        self._meter = Meter(accelerator.num_processes, peak_flops)
         self._max_steps = max_steps
         self._max_epochs = max_epochs
         self._wants_bar = progress_bar and self.is_main
         self._bar: tqdm | None = None
-        self._since = (time.perf_counter(), 0)
 
     def start(self, step: int) -> None:
         """Get ready to record the steps after `step`."""
         if not self.is_main:
             return
-        for ledger in (self.losses, self.evaluations):
+        for ledger in (self.losses, self.evaluations, self.events):
             ledger.truncate(step)
         if len(self.losses.read()) != step:
             logger.warning("%s does not hold all of the first %d steps", self.losses.path, step)
         self.progress.append({"step": step, "event": "start", "time": time.time()})
-        self._since = (time.perf_counter(), step)
+        self._meter.start()
         if self._wants_bar and sys.stderr.isatty():
             self._bar = tqdm(total=self._max_steps, initial=step, unit="step", dynamic_ncols=True)
 
-    def record_step(self, record: Mapping[str, Any], samples_per_step: int, epoch: float) -> None:
-        """Record one optimizer step: `record` holds step, loss, terms, lr, grad_norm."""
+    def record_start(self, start: Mapping[str, Any]) -> None:
+        """Record what the run is started from (`provenance.describe_start`)."""
+        if self.is_main:
+            starts = Ledger(self.folder / STARTS_FILE)
+            starts.append({**start, "time": time.time()})
+            starts.close()
+
+    def record_step(
+        self,
+        record: Mapping[str, Any],
+        samples: float,
+        epoch: float,
+        work: Work | None = None,
+        group_norms: Mapping[str, float] | None = None,
+    ) -> None:
+        """Record one optimizer step: `record` holds step, loss, terms, lr, grad_norm.
+
+        Args:
+            samples: of this step, over all ranks.
+            work: what it took in and spent besides.
+            group_norms: norm of the gradient of each parameter group before clipping; used on logging steps.
+        """
         if not self.is_main:
             return
         self.losses.append(record)
+        self._meter.add(work or Work(samples))
         step = record["step"]
         if self._bar is not None:
             self._bar.update(1)
         if step % self.log_every and step != self._max_steps:
             return
-        speed = self._measure(step, samples_per_step)
-        self.progress.append({"step": step, "time": time.time(), "epoch": epoch, **speed})
-        self._show(record, speed["samples_per_second"], epoch)
-        self._send({"loss": record["loss"], "grad_norm": record["grad_norm"], "epoch": epoch, **speed}, step, "train")
+        speed = self._meter.read()
+        norms = {"group_norms": group_norms} if group_norms else {}
+        self.progress.append({"step": step, "time": time.time(), "epoch": epoch, **speed, **norms})
+        self._show(record, speed, epoch)
+        self._send({"loss": record["loss"], "grad_norm": record["grad_norm"], "epoch": epoch}, step, "train")
         self._send(record["terms"], step, "train/terms")
         self._send(record["lr"], step, "train/lr")
+        self._send(group_norms or {}, step, "train/grad_norm_of")
+        self._send(speed, step, "speed")
+
+    def record_event(self, event: Mapping[str, Any]) -> None:
+        """Record something that should not be (see `health`), tell the user, and mark the step on the dashboards."""
+        if self.is_main:
+            self.events.append(event)
+            self._send({event["event"]: event.get("loss", 1.0)}, event["step"], "events")
+            self.say(describe(event))
 
     def record_evaluation(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Record what an evaluation after `step` gave."""
         if self.is_main:
             self.evaluations.append({"step": step, "metrics": metrics})
             self._send({k: v for k, v in metrics.items() if isinstance(v, int | float)}, step, "eval")
+            self._send_picture(gallery_path(self.folder, step), step)
             numbers = " ".join(f"{k} {v:.4g}" for k, v in metrics.items() if isinstance(v, int | float))
             self.say(f"evaluation after step {step}: {numbers}")
 
@@ -158,12 +211,12 @@ class Tracking:
 
     def sync(self) -> None:
         """Have the deterministic records on disk."""
-        self.losses.sync()
-        self.evaluations.sync()
+        for ledger in (self.losses, self.evaluations, self.events):
+            ledger.sync()
 
     def close(self) -> None:
         """Close files, bar and dashboards."""
-        for ledger in (self.losses, self.evaluations, self.progress):
+        for ledger in (self.losses, self.evaluations, self.events, self.progress):
             ledger.close()
         if self._bar is not None:
             self._bar.close()
@@ -172,35 +225,31 @@ class Tracking:
             tracker.finish()
         self.accelerator.trackers = []
 
-    def _measure(self, step: int, samples_per_step: int) -> dict[str, float]:
-        then, first = self._since
-        now = time.perf_counter()
-        self._since = (now, step)
-        seconds = max(now - then, 1e-9)
-        steps = step - first
-        speed = {
-            "seconds_per_step": seconds / max(steps, 1),
-            "samples_per_second": steps * samples_per_step / seconds,
-        }
-        if torch.cuda.is_available():
-            speed["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
-        return speed
-
-    def _show(self, record: Mapping[str, Any], samples_per_second: float, epoch: float) -> None:
+    def _show(self, record: Mapping[str, Any], speed: Mapping[str, float], epoch: float) -> None:
         epochs = f"epoch {epoch:.2f} of {self._max_epochs:.2f}"
+        pace = f"{speed['samples_per_second']:.1f} samples/s"
+        if speed["data_wait"] >= 0.1:
+            pace += f", {speed['data_wait']:.0%} of the time waiting for data"
         if self._bar is not None:
-            self._bar.set_postfix_str(f"{epochs}, loss {record['loss']:.4f}, {samples_per_second:.1f} samples/s")
+            self._bar.set_postfix_str(f"{epochs}, loss {record['loss']:.4f}, {pace}")
         elif self._wants_bar:
             terms = ", ".join(f"{name} {value:.4f}" for name, value in record["terms"].items())
             print(
-                f"step {record['step']}/{self._max_steps}: {epochs}, loss {record['loss']:.4f} ({terms}), "
-                f"{samples_per_second:.1f} samples/s",
+                f"step {record['step']}/{self._max_steps}: {epochs}, loss {record['loss']:.4f} ({terms}), {pace}",
                 flush=True,
             )
 
     def _send(self, values: Mapping[str, Any], step: int, prefix: str) -> None:
-        if self.accelerator.trackers:
+        if values and self.accelerator.trackers:
             self.accelerator.log({f"{prefix}/{name}": value for name, value in values.items()}, step=step)
+
+    def _send_picture(self, path: Path, step: int) -> None:
+        if not self.accelerator.trackers or not path.exists():
+            return
+        pixels_1HWC = np.asarray(Image.open(path).convert("RGB"))[None]
+        for tracker in self.accelerator.trackers:
+            options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+            tracker.log_images({"eval/samples": pixels_1HWC}, step=step, **options)
 
 
 def tracker_names(tensorboard: bool, wandb: bool) -> list[str]:
@@ -213,16 +262,46 @@ def tracker_names(tensorboard: bool, wandb: bool) -> list[str]:
 
 
 def start_dashboards(
-    accelerator: Accelerator, output_dir: str | Path, project: str, step: int, config: Mapping[str, Any]
+    accelerator: Accelerator,
+    output_dir: str | Path,
+    project: str,
+    step: int,
+    config: Mapping[str, Any],
+    start: Mapping[str, Any] | None = None,
+    wandb_mode: str | None = None,
 ) -> None:
-    """Start the trackers that the accelerator was made with, continuing those of an earlier part of the run."""
+    """Start the trackers that the accelerator was made with, continuing those of an earlier part of the run.
+
+    Args:
+        step: finished steps.
+        config: resolved configuration, nested.
+        start: what the run is started from (`provenance.describe_start`).
+        wandb_mode: one of `WANDB_MODES`; None: the environment's WANDB_MODE, or else offline, which sends nothing
+            anywhere (`wandb sync` does later).
+
+    Raises:
+        ValueError: an unknown mode.
+    """
+    if wandb_mode is not None and wandb_mode not in WANDB_MODES:
+        raise ValueError(f"wandb_mode must be null or one of {', '.join(WANDB_MODES)}, got {wandb_mode!r}")
     if not accelerator.log_with or not accelerator.is_main_process:
         return
     folder = Path(output_dir).resolve()
     options: dict[str, Any] = {"tensorboard": {"purge_step": step + 1 if step else None}}
     if any(str(getattr(tracker, "value", tracker)) == "wandb" for tracker in accelerator.log_with):
-        options["wandb"] = {"name": folder.name, "dir": str(folder), "id": _wandb_id(folder), "resume": "allow"}
-    accelerator.init_trackers(project, config=_scalars(config), init_kwargs=options)
+        mode = wandb_mode or os.environ.get("WANDB_MODE") or "offline"
+        options["wandb"] = {"name": folder.name, "dir": str(folder), "id": _wandb_id(folder), "mode": mode}
+        if mode == "online":  # offline parts of a run have one id and become one when they are synchronised
+            options["wandb"]["resume"] = "allow"
+    accelerator.init_trackers(project, init_kwargs=options)
+    texts = {"config": _json_able(config), **({"start": _json_able(start)} if start else {})}
+    for tracker in accelerator.trackers:
+        if tracker.name == "wandb":
+            tracker.store_init_configuration({**texts["config"], **({"start": texts["start"]} if start else {})})
+        else:  # as text: hyperparameters proper would become a run of their own at each start
+            for name, values in texts.items():
+                lines = json.dumps(values, indent=2, ensure_ascii=False, default=str).splitlines()
+                tracker.log({name: "".join(f"    {line}\n" for line in lines)}, step=step)  # indented: Markdown's code
 
 
 def _wandb_id(folder: Path) -> str:
@@ -232,11 +311,6 @@ def _wandb_id(folder: Path) -> str:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(os.urandom(8).hex(), encoding="utf-8")
     return path.read_text(encoding="utf-8").strip()
-
-
-def _scalars(config: Mapping[str, Any]) -> dict[str, Any]:
-    """TensorBoard takes numbers and texts only."""
-    return {k: v if isinstance(v, int | float | str | bool) else json.dumps(v, default=str) for k, v in config.items()}
 
 
 def _json_able(value: Any) -> Any:

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
 
+from instructsam.training.signals import SIGNALS
+
 Batch = dict[str, Any]
 _M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
 
@@ -18,8 +20,8 @@ def start_worker(_: int = 0) -> None:
 
     A terminal signals the whole process group, but the step in progress still needs its data: signals are ignored.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
     return_large_blocks()
 
 

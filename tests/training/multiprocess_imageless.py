@@ -14,7 +14,8 @@ from instructsam.predictor import Predictor
 from instructsam.structures import Sample, Turn
 from instructsam.training.objectives import InstructionObjective
 from instructsam.training.optim import OptimConfig
-from instructsam.training.trainer import Trainer, TrainerConfig
+from instructsam.training.config import TrainerConfig
+from instructsam.training.trainer import Trainer
 
 
 class Pair(torch.utils.data.Dataset):

@@ -28,7 +28,7 @@ from instructsam.train import train
 from instructsam.training.build import Task, build_task
 from instructsam.training.optim import OptimConfig, build_optimizer
 from instructsam.training.precision import cast_frozen
-from instructsam.training.trainer import TrainerConfig
+from instructsam.training.config import TrainerConfig
 
 REPOSITORY = Path(__file__).parents[2]
 LAYERS, LANGUAGE = 4, "model.vlm.language_model"
@@ -177,7 +177,7 @@ def test_settings_of_the_full_size_stages(stage, accumulation):
     assert (optim["schedule"], optim["warmup_ratio"], optim["weight_decay"]) == ("cosine", 0.03, 0.0)
     assert model["lora"] == {"r": 64, "alpha": 16, "dropout": 0.05} and model["gradient_checkpointing"]
     assert model["max_length"] == 16384 and model["vlm_image"]["max_pixels"] == 8192 * 32 * 32
-    assert settings["data"]["group_by_masks"] and settings["save_dtype"] == "bfloat16"
+    assert settings["data"]["group_by"] == "masks" and settings["save_dtype"] == "bfloat16"
     parts = (model["vlm_path"], model["detector_path"], model["checkpoint"])
     hub = ("Qwen/Qwen3-VL-2B-Instruct", "facebook/sam3", None)
     assert parts == (hub if stage == 1 else (None, None, "outputs/stage1/merged"))
@@ -191,7 +191,7 @@ def stages(world, tmp_path_factory) -> Path:
     """Stage 1, merged, and stage 2 from it, two steps each with the tiny model; evaluated on the way."""
     folder = tmp_path_factory.mktemp("stages")
     evaluation = ["trainer.eval_every=2", "evaluation.num_instructions=4", "evaluation.gallery_rows=2"]
-    grouped = "data.group_by_masks=true"
+    grouped = "data.group_by=masks"
     first = train(settings_of("train", *overrides(1, world, folder / "one", grouped, *evaluation)))
     assert first["status"] == "complete" and "mAP" in first["metrics"]
     merge(folder / "one" / "checkpoint", folder / "merged")
@@ -247,11 +247,11 @@ def test_resumption_refuses_other_settings(stages, world):
     for override, message in [
         ("trainer.frozen_dtype=null", "trainer.frozen_dtype is 'bfloat16' there and None here"),
         ("model.lora.alpha=8", "model.lora.alpha is 16 there and 8 here"),
-        ("data.group_by_masks=false", "data.group_by_masks is True there and False here"),
+        ("data.group_by=null", "data.group_by is 'masks' there and None here"),
         ("model.gradient_checkpointing=false", "model.gradient_checkpointing is True there and False here"),
         ("optim.train=[.]", "optim.train is "),
     ]:
-        options = overrides(1, world, stages / "one", "data.group_by_masks=true", "trainer.eval_every=0", override)
+        options = overrides(1, world, stages / "one", "data.group_by=masks", "trainer.eval_every=0", override)
         with pytest.raises(ValueError, match=message):
             train(settings_of("train", *options))
 
@@ -273,7 +273,7 @@ def test_master_weights_in_half_precision_are_refused(stages, world, tmp_path):
 @pytest.mark.slow
 def test_two_processes_train_like_one(world, tmp_path):
     """DDP with LoRA, frozen towers, gradient checkpointing and grouped sampling; without dropout, which is per rank."""
-    same = ["data.group_by_masks=true", "trainer.precision=no", "trainer.frozen_dtype=null", "model.lora.dropout=0"]
+    same = ["data.group_by=masks", "trainer.precision=no", "trainer.frozen_dtype=null", "model.lora.dropout=0"]
     train(settings_of("train", *overrides(1, world, tmp_path / "one", *same, "trainer.per_device_batch_size=2")))
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}

@@ -1,0 +1,164 @@
+"""The same training on one process and on two, under every engine: real processes, real commands, the tiny model."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+REPOSITORY = Path(__file__).parents[2]
+ENGINES = ("ddp", "zero1", "zero2", "zero3", "fsdp2")
+RATE = 2e-4  # low: at higher ones rounding soon matches other queries with a mask, and the runs part
+STEPS = ["trainer.max_steps=20", "trainer.checkpoint_every=10", f"optim.lr={RATE}", f"optim.groups.new.lr={RATE}"]
+NAMED = {"zero1": "1", "zero2": "2", "zero3": "3"}
+
+pytestmark = [pytest.mark.slow, pytest.mark.multiprocess]
+
+
+def environment(engine: str) -> dict[str, str]:
+    """What `accelerate launch --config_file configs/accelerate/ENGINE.yaml` sets, for two processes on a CPU."""
+    settings = yaml.safe_load((REPOSITORY / f"configs/accelerate/{engine}.yaml").read_text()) if engine else {}
+    variables = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": str(REPOSITORY)}
+    if engine in NAMED:
+        zero = settings["deepspeed_config"]
+        variables |= {
+            "ACCELERATE_USE_DEEPSPEED": "true",
+            "ACCELERATE_DEEPSPEED_ZERO_STAGE": str(zero["zero_stage"]),
+            "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": str(zero["gradient_accumulation_steps"]),
+        }
+    elif engine == "fsdp2":
+        variables["ACCELERATE_USE_FSDP"] = "true"
+        for name, value in settings["fsdp_config"].items():
+            variables[name.upper()] = str(value).lower() if isinstance(value, bool) else str(value)
+    else:
+        variables["ACCELERATE_USE_CPU"] = "true"
+    return {**os.environ, **variables}
+
+
+def train(output: Path, data: Path, *overrides: str, engine: str = "", processes: int = 1) -> str:
+    """Train the tiny model from scratch; returns what it printed."""
+    program = [str(REPOSITORY / "tests/training/fsdp_on_cpu.py")] if engine == "fsdp2" else ["-m", "instructsam.train"]
+    launcher = [] if processes == 1 else ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    if processes == 1:
+        program = ["-m", "instructsam.train"]
+    command = [sys.executable, *launcher, *program, "experiment=tiny_world", f"data.root={data}", "model.init=[]"]
+    command += ["optim.freeze=[embed_tokens]", f"output_dir={output}", "trainer.log_every=1", *overrides]
+    result = subprocess.run(
+        command, cwd=REPOSITORY, env=environment(engine), capture_output=True, text=True, check=False, timeout=400
+    )
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-6000:]
+    return result.stdout
+
+
+def losses(folder: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (folder / "losses.jsonl").read_text().splitlines()]
+
+
+def gradient(folder: Path) -> torch.Tensor:
+    """Of the first step, of all parameters: a tenth of it is the first moment then."""
+    state = load_file(folder / "checkpoints/step_000001/optimizer.safetensors")
+    names = sorted(name for name in state if name.startswith("exp_avg/"))
+    assert len(names) > 300
+    return torch.cat([state[name].flatten() for name in names]).double() * 10
+
+
+def one_rank_without_masks(world: Path, folder: Path) -> Path:
+    """Four pictures: two with no-target instructions only, which are the first of a step that is sorted by masks."""
+    shutil.copytree(world, folder)
+    path = folder / "train" / "instructions.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    pictures = sorted({line["image_id"] for line in lines})
+    without, with_masks = set(pictures[:2]), set(pictures[2:4])
+
+    def kept(line: dict) -> bool:
+        has = any(phrase["annotation_ids"] for phrase in line["phrases"])
+        return line["image_id"] in (with_masks if has else without)
+
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines if kept(line)))
+    return folder
+
+
+@pytest.mark.parametrize("masks", ["in every batch", "on one rank only"])
+def test_gradients_do_not_depend_on_the_split(world, tmp_path, masks):
+    """1 x batch 4, 2 x batch 2 and 2 x batch 1 x accumulation 2: the same gradient, and the same loss for five steps."""
+    settings = [
+        "trainer.max_steps=5",
+        "trainer.checkpoint_every=1",
+        "trainer.keep_checkpoints=0",
+        "trainer.clip_norm=0",
+    ]
+    data = world
+    if masks == "on one rank only":
+        data = one_rank_without_masks(world, tmp_path / "world")
+        settings += ["data.group_by=masks", "data.turns_per_image=3"]
+    one, two, four = tmp_path / "one", tmp_path / "two", tmp_path / "four"
+    train(one, data, *settings, "trainer.per_device_batch_size=4")
+    train(two, data, *settings, "trainer.per_device_batch_size=2", engine="ddp", processes=2)
+    accumulated = ["trainer.per_device_batch_size=1", "trainer.accumulation=2"]
+    train(four, data, *settings, *accumulated, engine="ddp", processes=2)
+    whole = gradient(one)
+    for split in (two, four):
+        assert (gradient(split) - whole).norm() < 1e-5 * whole.norm()
+        assert losses(split) == pytest.approx(losses(one), rel=1e-5)
+
+
+@pytest.fixture(scope="module")
+def reference(world, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("engines") / "ddp"
+    settings = [*STEPS, "trainer.per_device_batch_size=2"]
+    train(folder, world, *settings, engine="ddp", processes=2)
+    return folder
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_engines_agree_save_and_resume(world, tmp_path, reference, engine):
+    """20 steps on 2 processes: losses within 1e-3 of DDP's. Then from step 10 again, in another process: the same."""
+    if engine in NAMED and importlib.util.find_spec("deepspeed") is None:
+        pytest.skip("deepspeed is not installed")
+    settings = [*STEPS, "trainer.per_device_batch_size=2"]
+    whole, again = tmp_path / "whole", tmp_path / "again"
+    if engine == "ddp":
+        shutil.copytree(reference, whole)
+    else:
+        said = train(whole, world, *settings, engine=engine, processes=2)
+        assert f"engine {engine}" in said and "2 processes" in said
+        assert losses(whole) == pytest.approx(losses(reference), rel=1e-3)
+        ours, theirs = (load_file(path / "checkpoint/model.safetensors") for path in (whole, reference))
+        assert ours.keys() == theirs.keys()
+        for name in theirs:  # Adam moves what has next to no gradient at random, by up to the learning rate a step
+            torch.testing.assert_close(ours[name], theirs[name], rtol=1e-2, atol=20 * RATE)
+    shutil.copytree(whole, again)
+    shutil.rmtree(again / "checkpoints" / "step_000020")
+    assert "resuming from" in train(again, world, *settings, engine=engine, processes=2)
+    assert (again / "losses.jsonl").read_bytes() == (whole / "losses.jsonl").read_bytes()
+
+
+def test_a_run_goes_on_with_another_engine_and_number_of_processes(world, tmp_path, reference):
+    """From step 10 of 2 processes under DDP to one alone, from the same sample on."""
+    shutil.copytree(reference, tmp_path / "one")
+    shutil.rmtree(tmp_path / "one" / "checkpoints" / "step_000020")
+    said = train(tmp_path / "one", world, *STEPS, "trainer.per_device_batch_size=4")
+    assert "resuming from" in said
+    assert losses(tmp_path / "one") == pytest.approx(losses(reference), rel=1e-3)
+    state = json.loads((tmp_path / "one/checkpoints/step_000020/state.json").read_text())
+    assert state["processes"] == 1 and state["sampler"]["samples"] == 80
+
+
+def test_fsdp_where_it_cannot_run_says_so(world, tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
+    command += ["instructsam.train", f"data.root={world}", f"output_dir={tmp_path}"]
+    variables = {**environment("fsdp2"), "CUDA_VISIBLE_DEVICES": ""}
+    result = subprocess.run(
+        command, cwd=REPOSITORY, env=variables, capture_output=True, text=True, check=False, timeout=200
+    )
+    assert result.returncode != 0
+    assert "FSDP" in result.stderr and "needs" in result.stderr
