@@ -5,8 +5,8 @@
     python -m instructsam.train experiment=tiny_vlm
     python -m instructsam.train experiment=tiny_world
     python -m instructsam.train experiment=stage1                  # the release's recipe on Qwen3-VL-2B and SAM 3
-    accelerate launch --num_processes 8 -m instructsam.train ...   # many GPUs
-    python -m instructsam.train debug=limit                        # two steps of everything
+    bash scripts/launch/one_node.sh zero1 experiment=stage1        # all GPUs of a machine; README, "Train"
+    python -m instructsam.train debug=limit                        # two steps of everything; overfit, profile
 
 The same command again continues a run that was interrupted. Settings: `configs/train.yaml` and what it names.
 """

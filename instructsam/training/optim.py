@@ -21,7 +21,6 @@ from typing import Any
 import torch
 from torch import nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
 
 from instructsam.training.layer_decay import depths_below_top
 
@@ -253,12 +252,6 @@ def set_learning_rates(optimizer: Optimizer, config: OptimConfig, factor: float)
     """Give every group its configured rate times `factor`, whatever rate it has (from a checkpoint, say)."""
     for group in optimizer.param_groups:
         group["lr"] = base_learning_rate(group["name"], config) * factor
-
-
-def build_schedule(optimizer: Optimizer, config: OptimConfig, max_steps: int) -> LambdaLR:
-    """To be deleted with its last use; `set_learning_rates` takes its place."""
-    warmup_steps(config, max_steps)
-    return LambdaLR(optimizer, lambda step: learning_rate_factor(step, config, max_steps))
 
 
 def base_learning_rate(name: str, config: OptimConfig) -> float:

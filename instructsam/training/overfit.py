@@ -16,8 +16,9 @@ def verdict(losses: Sequence[Mapping[str, Any]], metrics: Mapping[str, float]) -
         losses: records of all steps ("loss"), first and last of them averaged over a few steps.
         metrics: of the last evaluation.
     """
-    few = max(1, min(10, len(losses) // 10))
-    first, last = (sum(r["loss"] for r in part) / few for part in (losses[:few], losses[-few:]))
+    finite = [record["loss"] for record in losses if record["loss"] is not None]  # a skipped step has none
+    few = max(1, min(10, len(finite) // 10))
+    first, last = sum(finite[:few]) / few, sum(finite[-few:]) / few
     ap50 = metrics.get("AP50", 0.0)
     said = f"overfit: the loss went from {first:.3g} to {last:.3g}, AP50 of the samples it trained on is {ap50:.3f}. "
     if last <= NEAR_ZERO * first and ap50 >= 0.999:

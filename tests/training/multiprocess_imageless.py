@@ -12,9 +12,9 @@ from instructsam.data.coco_instructions import read_coco_instructions
 from instructsam.losses.criterion import CriterionConfig, SetCriterion
 from instructsam.predictor import Predictor
 from instructsam.structures import Sample, Turn
+from instructsam.training.config import TrainerConfig
 from instructsam.training.objectives import InstructionObjective
 from instructsam.training.optim import OptimConfig
-from instructsam.training.config import TrainerConfig
 from instructsam.training.trainer import Trainer
 
 

@@ -89,7 +89,7 @@ def one_rank_without_masks(world: Path, folder: Path) -> Path:
 
 @pytest.mark.parametrize("masks", ["in every batch", "on one rank only"])
 def test_gradients_do_not_depend_on_the_split(world, tmp_path, masks):
-    """1 x batch 4, 2 x batch 2 and 2 x batch 1 x accumulation 2: the same gradient, and the same loss for five steps."""
+    """1 x batch 4, 2 x batch 2, 2 x batch 1 x accumulation 2: the same gradient, and the same loss for five steps."""
     settings = [
         "trainer.max_steps=5",
         "trainer.checkpoint_every=1",

@@ -12,6 +12,7 @@ import torch
 from accelerate import Accelerator
 
 from instructsam.training import provenance
+from instructsam.training.engines import Engine
 from instructsam.training.provenance import describe_start, git_revision, one_line, versions
 
 
@@ -62,7 +63,7 @@ def test_no_git(repository, monkeypatch):
 
 def test_a_start(monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    start = describe_start(Accelerator(), 12, ["optim.lr=1e-3"], 8)
+    start = describe_start(Engine(Accelerator(), "no"), 12, ["optim.lr=1e-3"], 8)
     assert json.loads(json.dumps(start)) == start
     assert start["versions"]["torch"] == torch.__version__ and start["versions"] == versions()
     assert start["overrides"] == ["optim.lr=1e-3"] and start["step"] == 12 and start["global_batch_size"] == 8
@@ -76,12 +77,12 @@ def test_a_start_in_one_line(repository, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     monkeypatch.setattr(provenance, "git_revision", lambda: git_revision(repository))
     repository.write_text("x = 2\n")
-    text = one_line(describe_start(Accelerator(), 0))
+    text = one_line(describe_start(Engine(Accelerator(), "no"), 0))
     assert f"revision {git(repository.parent, 'rev-parse', 'HEAD')[:12]} with 1 changed file," in text
     assert "1 process on cpu" in text and torch.__version__ in text
     for number in range(60):
         (repository.parent / f"new_{number}.py").write_text("")
     git(repository.parent, "add", "-N", ".")
-    assert "with 50 or more changed files" in one_line(describe_start(Accelerator(), 0))
+    assert "with 50 or more changed files" in one_line(describe_start(Engine(Accelerator(), "no"), 0))
     monkeypatch.setattr(provenance, "git_revision", lambda: None)
-    assert one_line(describe_start(Accelerator(), 0)).startswith("no git revision, torch")
+    assert one_line(describe_start(Engine(Accelerator(), "no"), 0)).startswith("no git revision, torch")

@@ -26,9 +26,9 @@ from instructsam.predictor import Predictor
 from instructsam.structures import PhraseTarget, Turn
 from instructsam.train import train
 from instructsam.training.build import Task, build_task
+from instructsam.training.config import TrainerConfig
 from instructsam.training.optim import OptimConfig, build_optimizer
 from instructsam.training.precision import cast_frozen
-from instructsam.training.config import TrainerConfig
 
 REPOSITORY = Path(__file__).parents[2]
 LAYERS, LANGUAGE = 4, "model.vlm.language_model"
@@ -52,6 +52,7 @@ def overrides(stage: int, world: Path, output: Path, *more: str) -> list[str]:
         "trainer.max_steps=2",
         "trainer.num_workers=0",
         "trainer.progress_bar=false",
+        "trainer.save_frozen=true",  # to see that it stays what it was
         *more,
     ]
 
@@ -104,6 +105,16 @@ def test_trainable_parameters_are_those_of_the_recipe(world, stage, rates):
     )
     assert all(group["weight_decay"] == 0 and group["betas"] == (0.9, 0.999) for group in optimizer.param_groups)
     assert any("deepstack_merger" in name for name in names.values()) and not any("deepstack" in n for n in trainable)
+
+
+def test_full_fine_tuning_trains_the_language_model_itself(world):
+    task, settings = make_task(world, 1, "optim=full", "model.lora=null")
+    build_optimizer(task.objective, OptimConfig.from_dict(settings["optim"]))
+    trainable = {name for name, parameter in task.objective.named_parameters() if parameter.requires_grad}
+    language = {name for name, _ in task.objective.named_parameters() if name.startswith(f"{LANGUAGE}.")}
+    assert len(language) > 40
+    recipe = {name for group in expected_groups(make_task(world)[0]).values() for name in group}
+    assert trainable == language | {name for name in recipe if "lora" not in name}
 
 
 def test_the_recipe_at_full_size():
@@ -228,7 +239,7 @@ def test_saved_models_have_one_dtype_and_work(stages, world):
 def test_only_the_recipes_tensors_have_moved(stages, world):
     """Between the merged first stage and the second, whose masters are float32 and whose files are bfloat16."""
     before, after = (
-        load_file(stages / name / "objective.safetensors")
+        load_file(stages / name / "weights.safetensors")
         for name in ("one/checkpoints/step_000002", "two/checkpoints/step_000002")
     )
     assert before.keys() == after.keys()
