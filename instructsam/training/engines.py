@@ -11,6 +11,7 @@ autocast computes in half precision. (DeepSpeed's own bf16 mode would round the 
 from __future__ import annotations
 
 import copy
+import math
 import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -124,11 +125,6 @@ class Engine:
     def whole(self, parameter: nn.Parameter) -> Tensor:
         """A parameter in full; called by all processes."""
         return _whole(parameter.detach())
-
-    def to_main(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """On the main process: tensors split like parameters, whole, on the CPU. Called by all."""
-        found = {name: _whole(tensor) for name, tensor in tensors.items()}
-        return _to_cpu(found) if self.accelerator.is_main_process else {}
 
     def optimizer_state(self) -> OptimizerState:
         """On the main process: the state of every parameter that has one, whole, on the CPU. Called by all."""
@@ -268,7 +264,12 @@ class ZeroEngine(Engine):
     def step(self) -> float:
         self.model.step()
         norm = self.model.get_global_grad_norm()
-        return float("nan") if norm is None else float(norm)
+        norm = float("nan") if norm is None else float(norm)
+        if not math.isfinite(norm) and self.model.was_step_applied():
+            raise RuntimeError(
+                "the gradients were not finite, but DeepSpeed has taken the step: start from a checkpoint"
+            )
+        return norm
 
     def skip(self) -> None:
         # Gradients live in DeepSpeed's buckets. They are not finite, so it drops them instead of taking the step.

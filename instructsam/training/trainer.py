@@ -481,7 +481,7 @@ class Trainer:
     def save(self) -> Path:
         """Checkpoint after the finished steps, with the records it relies on safely on disk."""
         self.tracking.sync()
-        ema = None if self.ema is None else self.engine.to_main(self.ema.state_dict())
+        ema = None if self.ema is None else self.ema.state_dict()
         return self.checkpointer.save(self.progress.finished_steps, self.progress.state_dict(), ema)
 
     def state_dict(self) -> dict[str, Tensor]:

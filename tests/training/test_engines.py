@@ -153,6 +153,25 @@ def test_a_run_goes_on_with_another_engine_and_number_of_processes(world, tmp_pa
     assert state["processes"] == 1 and state["sampler"]["samples"] == 80
 
 
+@pytest.mark.parametrize("engine", ["zero1", "zero2", "zero3"])
+def test_a_step_that_is_not_finite_is_left_out(tmp_path, engine):
+    """DeepSpeed clips and moves in one go: it must do neither, and the steps after it are those of DDP."""
+    pytest.importorskip("deepspeed")
+    settings = json.dumps({"per_device_batch_size": 2, "nonfinite": "skip"})
+    script = REPOSITORY / "tests/training/multiprocess_toy.py"
+    for name in (engine, "ddp"):
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
+        command += [str(tmp_path / name), "--settings", settings, "--bad-index", "7"]
+        result = subprocess.run(
+            command, env=environment(name), capture_output=True, text=True, check=False, timeout=200
+        )
+        assert result.returncode == 0, result.stderr[-3000:]
+    found, expected = losses(tmp_path / engine), losses(tmp_path / "ddp")
+    assert [loss is None for loss in found] == [loss is None for loss in expected] and None in found[:4]
+    assert [x for x in found if x is not None] == pytest.approx([x for x in expected if x is not None], rel=1e-5)
+    assert (tmp_path / engine / "events.jsonl").read_bytes() == (tmp_path / "ddp" / "events.jsonl").read_bytes()
+
+
 def test_fsdp_where_it_cannot_run_says_so(world, tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
     command += ["instructsam.train", f"data.root={world}", f"output_dir={tmp_path}"]
