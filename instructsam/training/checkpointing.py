@@ -197,7 +197,7 @@ class Checkpointer:
             save_file(weights, temporary / WEIGHTS_FILE)
             save_file(tensors, temporary / OPTIMIZER_FILE)
             if ema is not None:
-                save_file(dict(ema), temporary / EMA_FILE)
+                save_file({name: average.contiguous() for name, average in ema.items()}, temporary / EMA_FILE)
             torch.save(rng, temporary / RNG_FILE)
             scaler = self.accelerator.scaler
             state = {

@@ -344,6 +344,8 @@ def start_engine(precision: str, output_dir: str, trackers: list[str] | None = N
     wanted = next((name for name in ("DEEPSPEED", "FSDP") if os.environ.get(f"ACCELERATE_USE_{name}") == "true"), None)
     if wanted and precision == "fp16":
         raise ValueError(f"trainer.precision=fp16 needs a gradient scaler, which {wanted} does without here: take bf16")
+    if precision == "fp16" and not torch.cuda.is_available():
+        raise ValueError("trainer.precision=fp16 needs a GPU; a CPU computes in bf16 or float32")
     handlers: list[Any] = []
     if wanted and not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")

@@ -229,7 +229,7 @@ def learning_rate_factor(step: float, config: OptimConfig, max_steps: float) -> 
 
     Warm-up rises from 1/warmup in the first step to 1 in step warmup - 1 (no step is lost to a zero rate); the
     cosine reaches min_ratio after the last step. Both may be fractions: a run that goes on with another batch size
-    counts what it has done in steps of the present one.
+    counts in steps of the size that it began with.
     """
     warmup = warmup_steps(config, max_steps)
     if step < warmup:

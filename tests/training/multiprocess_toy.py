@@ -7,12 +7,14 @@ import json
 import os
 import signal
 import sys
+import zlib
 
 import torch
 from torch import nn
 
+from instructsam.training.config import TrainerConfig
 from instructsam.training.optim import OptimConfig
-from instructsam.training.trainer import Trainer, TrainerConfig
+from instructsam.training.trainer import Trainer
 
 
 class ToyDataset(torch.utils.data.Dataset):
@@ -25,11 +27,13 @@ class ToyDataset(torch.utils.data.Dataset):
         rare: bool = True,
         fail_index: int | None = None,
         skip_index: int | None = None,
+        far_off: tuple[int, int] | None = None,
     ) -> None:
         self.length = length
         self.bad_index = bad_index
         self.fail_index = fail_index
         self.skip_index = skip_index
+        self.far_off = far_off
         self.rare = rare
 
     def __len__(self) -> int:
@@ -44,14 +48,18 @@ class ToyDataset(torch.utils.data.Dataset):
         y = x.sum() + 0.1 * noise
         if index == self.bad_index:
             y = y * float("nan")
+        if key == self.far_off:
+            y = y + 1000.0
         rare = float(self.rare and index % 3 == 0)
-        return {"id": f"toy-{index}", "x": x, "y": y, "rare": rare, "skipped": index == self.skip_index}
+        skipped = index == self.skip_index
+        return {"id": f"toy-{index}", "key": f"{epoch}/{index}", "x": x, "y": y, "rare": rare, "skipped": skipped}
 
 
 def collate(items: list[dict]) -> dict:
     return {
         "sample_ids": [item["id"] for item in items],
         "skipped_ids": [item["id"] for item in items if item["skipped"]],
+        "keys": [item["key"] for item in items],
         "x": torch.stack([item["x"] for item in items]),
         "y": torch.stack([item["y"] for item in items]),
         "rare": torch.tensor([item["rare"] for item in items]),
@@ -59,7 +67,10 @@ def collate(items: list[dict]) -> dict:
 
 
 class ToyObjective(nn.Module):
-    """Squared error over all samples plus absolute error over the rare ones; calls `at_step` as a step begins."""
+    """Squared error over all samples plus absolute error over the rare ones; calls `at_step` as a step begins.
+
+    keys: "EPOCH/INDEX" of all samples that it was given.
+    """
 
     def __init__(self, dropout: float = 0.0, accumulation: int = 1, at_step=None) -> None:
         super().__init__()
@@ -72,11 +83,13 @@ class ToyObjective(nn.Module):
         self.at_step = at_step
         self.accumulation = accumulation
         self.counted = 0
+        self.keys: list[str] = []
 
     def count_units(self, batch: dict) -> dict[str, float]:
         if self.at_step is not None and self.counted % self.accumulation == 0:
             self.at_step(self.counted // self.accumulation + 1)
         self.counted += 1
+        self.keys += batch["keys"]
         return {"samples": float(len(batch["y"])), "rare": float(batch["rare"].sum())}
 
     def forward(self, batch: dict, counts: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -97,6 +110,7 @@ def toy_trainer(
     evaluate=None,
     fingerprint: dict | None = None,
     group_by: list[float] | None = None,
+    overrides: list[str] | None = None,
     **settings,
 ) -> Trainer:
     config = TrainerConfig(
@@ -112,13 +126,24 @@ def toy_trainer(
     )
     objective = ToyObjective(dropout, config.accumulation, at_step)
     optim_config = OptimConfig(**{"lr": 0.01, "warmup_steps": 2, **(optim or {})})
-    return Trainer(config, objective, dataset or ToyDataset(), collate, optim_config, evaluate, fingerprint, group_by)
+    return Trainer(
+        config,
+        objective,
+        dataset or ToyDataset(),
+        collate,
+        optim_config,
+        evaluate,
+        fingerprint,
+        group_by,
+        overrides=overrides or [],
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("output_dir")
     parser.add_argument("--settings", type=json.loads, default={})
+    parser.add_argument("--length", type=int, default=10)
     parser.add_argument("--bad-index", type=int)
     parser.add_argument("--fail-index", type=int, help="this sample cannot be read")
     parser.add_argument("--skip-index", type=int, help="this sample counts as skipped")
@@ -134,11 +159,15 @@ def main() -> None:
             if step == int(when) and os.environ.get("RANK", "0") == rank:
                 os.kill(os.getpid(), getattr(signal, name))
 
-    places = {name: getattr(arguments, name) for name in ("bad_index", "fail_index", "skip_index")}
+    places = {name: getattr(arguments, name) for name in ("length", "bad_index", "fail_index", "skip_index")}
     dataset = ToyDataset(**places)
     trainer = toy_trainer(arguments.output_dir, dataset=dataset, at_step=at_step, **arguments.settings)
     result = trainer.run()
-    print(f"rank {os.environ.get('RANK', '0')} result {json.dumps(result)}")
+    rank = os.environ.get("RANK", "0")
+    weights = zlib.crc32(b"".join(p.detach().numpy().tobytes() for p in trainer.objective.parameters()))
+    print(f"rank {rank} result {json.dumps(result)}")
+    print(f"rank {rank} weights {weights}")
+    print(f"rank {rank} keys {' '.join(trainer.objective.keys)}")
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()
     # Threads of the process group sometimes abort the interpreter while it shuts down, after all is done.

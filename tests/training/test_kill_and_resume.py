@@ -1,9 +1,9 @@
-"""A real training command, killed without warning and started again, ends with the same loss file."""
+"""A real training command, killed without warning and started again, ends with the same files."""
 
 from __future__ import annotations
 
 import os
-import signal
+import random
 import subprocess
 import sys
 import time
@@ -11,16 +11,20 @@ from pathlib import Path
 
 import pytest
 
+from instructsam.training.checkpoint_files import FOLDER, STATE_FILE, find_damage, list_checkpoints
+from instructsam.training.checkpointing import OPTIMIZER_FILE, RNG_FILE, WEIGHTS_FILE
 from instructsam.training.lock import exclusive
 
 REPOSITORY = Path(__file__).parents[2]
-STEPS = 9
+STEPS = 24
+# Kills while a checkpoint is being written, by what of it is there already; "" is the folder. None: in any step.
+KILLS = ["", None, WEIGHTS_FILE, None, OPTIMIZER_FILE, None, RNG_FILE, STATE_FILE, None, STATE_FILE]
 
 
 def start(world: Path, output: Path) -> subprocess.Popen:
     command = [sys.executable, "-m", "instructsam.train", "experiment=tiny_vlm", f"data.root={world}"]
     command += [f"output_dir={output}", f"trainer.max_steps={STEPS}", "trainer.per_device_batch_size=2"]
-    command += ["trainer.checkpoint_every=2", "trainer.log_every=1", "trainer.progress_bar=false"]
+    command += ["trainer.checkpoint_every=1", "trainer.log_every=1", "trainer.progress_bar=false"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
@@ -31,23 +35,51 @@ def finish(process: subprocess.Popen) -> str:
     return output.decode()
 
 
-@pytest.mark.slow
-def test_killed_and_started_again(world, tmp_path):
-    finish(start(world, tmp_path / "whole"))
-    process = start(world, tmp_path / "killed")
-    losses = tmp_path / "killed" / "losses.jsonl"
-    deadline = time.time() + 300
-    while not losses.exists() or losses.read_text().count("\n") < 5:
-        assert time.time() < deadline and process.poll() is None
-        time.sleep(0.05)
-    process.send_signal(signal.SIGKILL)
+def finished_steps(output: Path) -> int:
+    """Of the newest checkpoint."""
+    return max((int(path.name.removeprefix("step_")) for path in list_checkpoints(output)), default=0)
+
+
+def kill_when(process: subprocess.Popen, moment, delay: float = 0.0) -> None:
+    deadline = time.time() + 120
+    while not moment():
+        assert process.poll() is None, process.communicate()[0].decode()
+        assert time.time() < deadline
+        time.sleep(0.0002)
+    if delay:
+        time.sleep(delay)
+    process.kill()
     process.wait()
-    assert not (tmp_path / "killed" / "checkpoint").exists()
-    assert "resuming from" in finish(start(world, tmp_path / "killed"))
-    assert losses.read_bytes() == (tmp_path / "whole" / "losses.jsonl").read_bytes()
-    weights = "checkpoint/model.safetensors"
-    assert (tmp_path / "killed" / weights).read_bytes() == (tmp_path / "whole" / weights).read_bytes()
-    assert "complete" in finish(start(world, tmp_path / "killed"))
+    process.stdout.close()
+
+
+@pytest.mark.slow
+def test_killed_ten_times_and_started_again(world, tmp_path):
+    """In steps and while checkpoints are written, at every file of them. Each part of the run gets a step further."""
+    finish(start(world, tmp_path / "whole"))
+    killed = tmp_path / "killed"
+    losses, generator = killed / "losses.jsonl", random.Random(0)
+    hit = 0
+    for written in KILLS:
+        done = finished_steps(killed)
+        process = start(world, killed)
+        if written is None:
+            lines, delay = done + generator.randint(1, 2), generator.uniform(0, 0.2)
+            kill_when(process, lambda n=lines: losses.exists() and losses.read_text().count("\n") >= n, delay)
+            continue
+        unfinished = killed / FOLDER / f"step_{done + 2:06d}.tmp"
+        kill_when(process, (unfinished / written).exists)
+        hit += unfinished.exists()
+        # What was there before is whole, whatever became of this one.
+        assert finished_steps(killed) in (done + 1, done + 2)
+        assert find_damage(killed / FOLDER / f"step_{done + 1:06d}") is None
+    assert hit >= 4, f"{hit} kills came while a checkpoint was being written"
+    assert finished_steps(killed) < STEPS and not (killed / "checkpoint").exists()
+    assert f"resuming from {list_checkpoints(killed)[-1]}" in finish(start(world, killed))
+    for name in ("losses.jsonl", "checkpoint/model.safetensors"):
+        assert (killed / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+    assert sorted(path.name for path in (killed / FOLDER).iterdir()) == ["step_000023", "step_000024"]
+    assert not list(killed.rglob("*.tmp"))
 
 
 def test_two_runs_in_one_folder(tmp_path):

@@ -1,4 +1,4 @@
-"""The loop end to end on a toy: it learns, resumes to the byte, ignores how the batch is split, and fails loudly."""
+"""The loop end to end on a toy: it learns, ignores how the batch is split, evaluates, and fails loudly."""
 
 from __future__ import annotations
 
@@ -7,63 +7,28 @@ import json
 import multiprocessing
 import os
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
+import multiprocess_toy as toy
 import pytest
 import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
+from toy_runs import (
+    assert_same_files,
+    assert_same_training,
+    cut_short,
+    lines_of,
+    losses_of,
+    on_cpu,  # noqa: F401
+    run_script,
+    weights_of,
+)
 
-from instructsam.data.samplers import StepSampler
-from instructsam.training.checkpointing import FOLDER, WEIGHTS_FILE
-from instructsam.training.trainer import TrainerConfig, close_data
-
-TOY = Path(__file__).with_name("multiprocess_toy.py")
-spec = importlib.util.spec_from_file_location("multiprocess_toy", TOY)
-toy = importlib.util.module_from_spec(spec)
-sys.modules["multiprocess_toy"] = toy
-spec.loader.exec_module(toy)
-
-
-@pytest.fixture(autouse=True)
-def on_cpu(monkeypatch):
-    """Accelerate keeps its state for the life of the process: reset it, so that tests can differ in precision."""
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    AcceleratorState._reset_state(True)
-    yield
-    AcceleratorState._reset_state(True)
-
-
-def run_script(*arguments, processes: int = 1, seconds: float = 300, **variables: str) -> subprocess.CompletedProcess:
-    launcher = [sys.executable]
-    if processes > 1:
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    path = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
-    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", **variables}
-    return subprocess.run(
-        [*launcher, str(TOY), *map(str, arguments)], env=environment, capture_output=True, text=True, timeout=seconds
-    )
-
-
-def losses_of(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "losses.jsonl").read_text().splitlines()]
-
-
-def weights_of(folder: Path, step: int = 8) -> dict[str, torch.Tensor]:
-    return load_file(folder / FOLDER / f"step_{step:06d}" / WEIGHTS_FILE)
-
-
-def assert_same_training(one: Path, other: Path, tolerance: float) -> None:
-    for a, b in zip(losses_of(one), losses_of(other), strict=True):
-        assert a["terms"] == pytest.approx(b["terms"], abs=tolerance)
-        assert a["loss"] == pytest.approx(b["loss"], abs=tolerance)
-        assert a["grad_norm"] == pytest.approx(b["grad_norm"], abs=tolerance)
-        assert a["lr"] == b["lr"]
-    torch.testing.assert_close(weights_of(one), weights_of(other), atol=tolerance, rtol=0)
-
+from instructsam.data.samplers import DistributedBatchSampler
+from instructsam.training.checkpoint_files import FOLDER, list_checkpoints, read_best
+from instructsam.training.checkpointing import EMA_FILE, OPTIMIZER_FILE, WEIGHTS_FILE
+from instructsam.training.workers import close_data
 
 # ---------------------------------------------------------------------- learning
 
@@ -108,7 +73,7 @@ def test_batches_without_units_train(tmp_path):
 
 
 def test_evaluation_every_few_steps_and_at_the_end(tmp_path):
-    def evaluate(step):
+    def evaluate(step, _):
         assert not torch.is_grad_enabled()
         return {"score": step / 10}
 
@@ -175,112 +140,12 @@ def test_two_processes_equal_one_and_stop_together(tmp_path):
 
 
 @pytest.mark.multiprocess
-def test_non_finite_loss_on_one_of_two_processes_stops_both(tmp_path):
-    settings = json.dumps({"per_device_batch_size": 2})
-    failed = run_script(tmp_path, "--settings", settings, "--bad-index", "7", processes=2)
-    assert failed.returncode != 0
-    message = [line for line in failed.stderr.splitlines() if "loss is not finite in step" in line]
-    assert message and "toy-7" in message[0]
-
-
-@pytest.mark.multiprocess
 def test_processes_that_did_not_find_each_other_are_an_error(tmp_path):
     """A launch without ACCELERATE_USE_CPU on a machine without GPU: each process would train alone."""
     failed = run_script(tmp_path, processes=2, ACCELERATE_USE_CPU="false", CUDA_VISIBLE_DEVICES="")
     assert failed.returncode != 0
     assert "2 processes were launched but accelerate sees 1" in failed.stderr
     assert not (tmp_path / "losses.jsonl").exists()
-
-
-# ---------------------------------------------------------------------- stop and resume
-
-
-@pytest.mark.parametrize("workers", [0, 1])
-def test_run_stopped_by_an_exception_resumes_to_the_same_bytes(tmp_path, workers):
-    def explode(step):
-        if step == 6:  # two steps after the checkpoint of step 3
-            raise KeyError("boom")
-
-    settings = {"dropout": 0.3, "num_workers": workers, "accumulation": 2, "per_device_batch_size": 2}
-    toy.toy_trainer(tmp_path / "whole", **settings).run()
-    with pytest.raises(KeyError, match="boom"):
-        toy.toy_trainer(tmp_path / "cut", at_step=explode, **settings).run()
-    assert len(losses_of(tmp_path / "cut")) == 5
-    result = toy.toy_trainer(tmp_path / "cut", **settings).run()
-    assert result["status"] == "complete"
-    assert (tmp_path / "cut/losses.jsonl").read_bytes() == (tmp_path / "whole/losses.jsonl").read_bytes()
-    torch.testing.assert_close(weights_of(tmp_path / "cut"), weights_of(tmp_path / "whole"), atol=0, rtol=0)
-
-
-@pytest.mark.parametrize("workers", [0, 1])
-def test_killed_run_resumes_to_the_same_bytes(tmp_path, workers):
-    settings = {"dropout": 0.3, "num_workers": workers}
-    toy.toy_trainer(tmp_path / "whole", **settings).run()
-    killed = run_script(tmp_path / "cut", "--settings", json.dumps(settings), "--die-by", "SIGKILL:6:0")
-    assert killed.returncode == -9
-    assert len(losses_of(tmp_path / "cut")) == 5
-    with (tmp_path / "cut/losses.jsonl").open("a") as file:
-        file.write('{"step": 6, "lo')  # a line torn by the kill
-    toy.toy_trainer(tmp_path / "cut", **settings).run()
-    assert (tmp_path / "cut/losses.jsonl").read_bytes() == (tmp_path / "whole/losses.jsonl").read_bytes()
-
-
-@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
-def test_signal_saves_and_says_how_to_resume(tmp_path, capsys, name):
-    before = signal.getsignal(signal.SIGTERM)
-    settings = {"dropout": 0.3, "checkpoint_every": 0}
-    toy.toy_trainer(tmp_path / "whole", **settings).run()
-    stop = toy.toy_trainer(
-        tmp_path / "cut",
-        at_step=lambda step: os.kill(os.getpid(), getattr(signal, name)) if step == 4 else None,
-        **settings,
-    )
-    result = stop.run()
-    assert result["status"] == "interrupted" and 4 <= result["step"] <= 5
-    assert f"stopped by {name}" in capsys.readouterr().out
-    assert signal.getsignal(signal.SIGTERM) == before
-    assert toy.toy_trainer(tmp_path / "cut", **settings).run()["status"] == "complete"
-    assert (tmp_path / "cut/losses.jsonl").read_bytes() == (tmp_path / "whole/losses.jsonl").read_bytes()
-
-
-def test_evaluation_missed_by_a_kill_is_made_up_for(tmp_path):
-    def broken(step):
-        raise OSError("no disk")
-
-    with pytest.raises(OSError, match="no disk"):
-        toy.toy_trainer(tmp_path, eval_every=3, evaluate=broken).run()
-    seen = []
-    toy.toy_trainer(tmp_path, eval_every=3, evaluate=lambda step: seen.append(step) or {"score": 1.0}).run()
-    assert seen == [3, 6, 8]
-
-
-def test_finished_run_is_left_alone(tmp_path, capsys):
-    toy.toy_trainer(tmp_path).run()
-    before = {
-        path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file() and path.name != "progress.jsonl"
-    }
-    result = toy.toy_trainer(tmp_path).run()
-    assert result["status"] == "already_complete" and result["record"]["step"] == 8
-    assert "is complete (8 steps)" in capsys.readouterr().out
-    after = {
-        path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file() and path.name != "progress.jsonl"
-    }
-    assert after == before
-
-
-def test_resume_with_other_settings_is_an_error(tmp_path):
-    toy.toy_trainer(tmp_path, fingerprint={"model": {"queries": 10}}).run()
-    with pytest.raises(ValueError, match="model.queries is 10 there and 20 here") as error:
-        toy.toy_trainer(tmp_path, fingerprint={"model": {"queries": 20}}).run()
-    assert "\n" not in str(error.value)
-    with pytest.raises(ValueError, match="optim.lr is 0.01 there and 0.02 here"):
-        toy.toy_trainer(tmp_path, fingerprint={"model": {"queries": 10}}, optim={"lr": 0.02}).run()
-
-
-def test_resume_never_refuses_an_old_run(tmp_path):
-    toy.toy_trainer(tmp_path).run()
-    with pytest.raises(ValueError, match="resume is 'never'"):
-        toy.toy_trainer(tmp_path, resume="never").run()
 
 
 # ---------------------------------------------------------------------- length and order
@@ -295,7 +160,7 @@ def test_epochs_instead_of_steps(tmp_path, capsys):
     rates = [row["lr"]["default"] for row in losses_of(tmp_path)]
     assert rates[1] == pytest.approx(0.01) and rates[3] == pytest.approx(0.005)  # the cosine ends with the last step
     assert toy.toy_trainer(tmp_path, **settings).run()["status"] == "already_complete"
-    with pytest.raises(ValueError, match="trainer.epochs is 1.5 there and 2 here; trainer.max_steps is 4 there and 5"):
+    with pytest.raises(ValueError, match=r"configuration: trainer.epochs is 1.5 there and 2 here \("):
         toy.toy_trainer(tmp_path, **{**settings, "epochs": 2}).run()
 
 
@@ -319,6 +184,89 @@ def test_grouped_order_is_used_and_resumed(tmp_path):
         toy.toy_trainer(tmp_path / "whole", **{**settings, "group_by": [*sizes[1:], 5.0]}).run()
     with pytest.raises(ValueError, match="trainer.group_by is"):
         toy.toy_trainer(tmp_path / "whole", **{**settings, "group_by": None}).run()
+
+
+# ---------------------------------------------------------------------- evaluation, averages, the best checkpoint
+
+
+def test_the_best_checkpoint_is_kept_beside_the_newest(tmp_path):
+    scores = {2: 0.1, 4: 0.9, 6: 0.5, 8: 0.3}
+    settings = {"eval_every": 2, "keep_checkpoints": 1, "checkpoint_every": 0}
+    settings |= {"evaluate": lambda step, _: {"score": scores[step], "error": scores[step]}}
+    toy.toy_trainer(tmp_path / "high", best_metric="score", **settings).run()
+    assert [path.name for path in list_checkpoints(tmp_path / "high")] == ["step_000004", "step_000008"]
+    assert read_best(tmp_path / "high") == {"step": 4, "metric": "score", "value": 0.9}
+    toy.toy_trainer(tmp_path / "low", best_metric="-error", **settings).run()
+    assert [path.name for path in list_checkpoints(tmp_path / "low")] == ["step_000002", "step_000008"]
+    toy.toy_trainer(tmp_path / "none", **settings).run()
+    assert [path.name for path in list_checkpoints(tmp_path / "none")] == ["step_000008"]
+    with pytest.raises(ValueError, match="trainer.best_metric=AP50: the evaluation gave score, error"):
+        toy.toy_trainer(tmp_path / "wrong", best_metric="AP50", **settings).run()
+
+
+def test_a_kill_in_the_evaluation_of_the_best_checkpoint_does_not_lose_it(tmp_path):
+    """It is evaluated at the next start, and noted."""
+    settings = {"eval_every": 2, "keep_checkpoints": 1, "checkpoint_every": 0, "best_metric": "score"}
+
+    def killed(step, _):
+        if step == 4:
+            raise KeyboardInterrupt
+        return {"score": 0.5}
+
+    with pytest.raises(KeyboardInterrupt):
+        toy.toy_trainer(tmp_path, evaluate=killed, **settings).run()
+    toy.toy_trainer(tmp_path, evaluate=lambda step, _: {"score": float(step == 4)}, **settings).run()
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step_000004", "step_000008"]
+    assert [line["metrics"]["score"] for line in lines_of(tmp_path / "evaluations.jsonl")] == [0.5, 1.0, 0.0, 0.0]
+
+
+def test_averages_resume_to_the_same_bytes(tmp_path):
+    settings = {"ema_decay": 0.9, "dropout": 0.3}
+    whole = toy.toy_trainer(tmp_path / "whole", **settings)
+    whole.run()
+    cut_short(tmp_path / "cut", 6, **settings)
+    again = toy.toy_trainer(tmp_path / "cut", **settings)
+    again.run()
+    files = [f"{FOLDER}/step_000008/{name}" for name in (WEIGHTS_FILE, OPTIMIZER_FILE, EMA_FILE)]
+    assert_same_files(tmp_path / "cut", tmp_path / "whole", "losses.jsonl", *files)
+    averages, weights = load_file(tmp_path / "whole" / files[2]), weights_of(tmp_path / "whole")
+    assert averages.pop("num_updates") == 8
+    assert averages.keys() == weights.keys()
+    assert not any(torch.equal(averages[name], weights[name]) for name in weights)
+    for trainer in (whole, again):
+        torch.testing.assert_close(trainer.state_dict(), averages, atol=0, rtol=0)
+    with pytest.raises(ValueError, match="trainer.ema_decay is 0.9 there and 0.5 here"):
+        toy.toy_trainer(tmp_path / "cut", **{**settings, "ema_decay": 0.5}).run()
+
+
+def test_evaluation_sees_averages_and_training_goes_on_with_its_own_weights(tmp_path):
+    """The averages after 3 steps are those of a run that ends there; the run itself does not notice."""
+    settings = {"ema_decay": 0.9, "checkpoint_every": 1, "keep_checkpoints": 0}
+    toy.toy_trainer(tmp_path / "without", **settings).run()
+    seen = {}
+
+    def evaluate(step, objective):
+        assert not torch.is_grad_enabled()
+        seen[step] = {name: p.detach().clone() for name, p in objective.named_parameters()}
+        return {"score": 1.0}
+
+    toy.toy_trainer(tmp_path / "with", eval_every=3, evaluate=evaluate, **settings).run()
+    assert_same_files(tmp_path / "with", tmp_path / "without", "losses.jsonl")
+    torch.testing.assert_close(weights_of(tmp_path / "with"), weights_of(tmp_path / "without"), atol=0, rtol=0)
+    assert sorted(seen) == [3, 6, 8]
+    for step, weights in seen.items():
+        averages = load_file(tmp_path / "without" / FOLDER / f"step_{step:06d}" / EMA_FILE)
+        assert averages.pop("num_updates") == step
+        torch.testing.assert_close(weights, averages, atol=0, rtol=0)
+
+
+def test_a_profile_leaves_no_checkpoint(tmp_path):
+    settings = {"profile_steps": 1, "eval_every": 4, "best_metric": "score", "evaluate": lambda *_: {"score": 1.0}}
+    for _ in range(2):  # a profile is to be taken again
+        assert toy.toy_trainer(tmp_path, **settings).run()["status"] == "complete"
+        table = (tmp_path / "profile.txt").read_text()
+        assert all(name in table for name in ("data", "forward", "backward", "optimizer"))
+        assert not (tmp_path / FOLDER).exists()
 
 
 # ---------------------------------------------------------------------- failing
@@ -367,13 +315,14 @@ def test_busy_worker_is_killed(tmp_path, monkeypatch):
         assert not worker.is_alive()
 
 
-def test_signal_to_the_whole_group_lets_the_step_finish(tmp_path):
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
+def test_signal_to_the_whole_group_lets_the_step_finish(tmp_path, name):
     """What a terminal or a scheduler does: workers get the signal too, and go on until the step has its data."""
 
     def at_step(step):
         if step == 4:
             for process in [*multiprocessing.active_children(), multiprocessing.current_process()]:
-                os.kill(process.pid, signal.SIGTERM)
+                os.kill(process.pid, getattr(signal, name))
 
     settings = {"num_workers": 2, "accumulation": 2, "per_device_batch_size": 2, "checkpoint_every": 0}
     result = toy.toy_trainer(tmp_path, at_step=at_step, **settings).run()
@@ -382,8 +331,8 @@ def test_signal_to_the_whole_group_lets_the_step_finish(tmp_path):
 
 
 def test_non_finite_loss_names_step_and_samples(tmp_path):
-    sampler = StepSampler(10, 2, accumulation=2, seed=5)
-    bad_batch = [index for _, index in sampler.keys_at(1, 1)]  # second step, second micro batch
+    sampler = DistributedBatchSampler(10, 2, accumulation=2, seed=5)
+    bad_batch = [index for _, index in sampler.keys_at(4, 1)]  # second step, second micro batch
     dataset = toy.ToyDataset(bad_index=bad_batch[0])
     trainer = toy.toy_trainer(tmp_path, dataset=dataset, per_device_batch_size=2, accumulation=2)
     with pytest.raises(RuntimeError) as error:
@@ -400,70 +349,6 @@ def test_non_finite_gradient_is_an_error(tmp_path):
     with pytest.raises(RuntimeError, match="gradient norm is not finite in step 1; samples: toy-"):
         trainer.run()
     assert all(torch.isfinite(p).all() for p in trainer.objective.parameters())
-
-
-def test_skipped_samples_are_counted_over_the_whole_run_up_to_a_limit(tmp_path):
-    """Sample 3 of 10 comes once in 10; the count goes on where an earlier part of the run ended."""
-    dataset = toy.ToyDataset(skip_index=3)
-    assert toy.toy_trainer(tmp_path / "free", dataset=dataset).run()["status"] == "complete"
-    skipped = [record.get("skipped", 0) for record in losses_of(tmp_path / "free")]
-    assert sum(skipped[:5]) == 2 and sum(skipped) in (3, 4)
-    seen = [step for step, count in enumerate(skipped, start=1) if count]
-
-    def stop(step):
-        if step == seen[1]:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        toy.toy_trainer(tmp_path / "two", dataset=dataset, at_step=stop, checkpoint_every=1, max_skipped=1).run()
-    message = rf"^2 bad samples by step {seen[1]}, more than trainer.max_skipped=1; in this step: toy-3$"
-    with pytest.raises(RuntimeError, match=message):
-        toy.toy_trainer(tmp_path / "two", dataset=dataset, checkpoint_every=1, max_skipped=1).run()
-
-
-@pytest.mark.multiprocess
-@pytest.mark.slow
-def test_skipped_samples_on_one_of_two_processes_stop_both_at_the_limit(tmp_path):
-    settings = json.dumps({"per_device_batch_size": 2, "max_skipped": 0})
-    result = run_script(str(tmp_path), "--settings", settings, "--skip-index", "3", processes=2)
-    assert result.returncode != 0
-    assert result.stderr.count("more than trainer.max_skipped=0; in this step: toy-3") >= 2
-
-
-@pytest.mark.parametrize(
-    "setting",
-    [
-        {"max_steps": 0},
-        {"max_steps": True},
-        {"per_device_batch_size": 0},
-        {"accumulation": 1.5},
-        {"clip_norm": -1.0},
-        {"clip_norm": float("nan")},
-        {"precision": "fp32"},
-        {"frozen_dtype": "bfloat16"},
-        {"frozen_dtype": "float16", "precision": "bf16"},
-        {"epochs": 1.0},
-        {"epochs": 0.0, "max_steps": None},
-        {"epochs": True, "max_steps": None},
-        {"epochs": float("inf"), "max_steps": None},
-        {"epochs": None, "max_steps": None},
-        {"seed": -1},
-        {"num_workers": -1},
-        {"log_every": 0},
-        {"max_skipped": -1},
-        {"resume": "maybe"},
-        {"output_dir": " "},
-    ],
-)
-def test_nonsense_settings_are_errors(setting):
-    name = next(iter(setting))
-    with pytest.raises(ValueError, match=name):
-        TrainerConfig(**{"output_dir": "out", "max_steps": 1, **setting})
-
-
-def test_unknown_setting_is_an_error():
-    with pytest.raises(ValueError, match="max_stpes"):
-        TrainerConfig.from_dict({"output_dir": "out", "max_steps": 1, "max_stpes": 2})
 
 
 def test_evaluation_without_anything_to_evaluate_is_an_error(tmp_path):

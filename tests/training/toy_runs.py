@@ -1,0 +1,85 @@
+"""What tests of the trainer share: runs of the toy, in this process or in others, and what they wrote."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import multiprocess_toy as toy
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
+
+from instructsam.training.checkpoint_files import FOLDER
+from instructsam.training.checkpointing import WEIGHTS_FILE
+
+TOY = Path(toy.__file__)
+
+
+@pytest.fixture(autouse=True)
+def on_cpu(monkeypatch):
+    """Accelerate keeps its state for the life of the process: reset it, so that tests can differ in precision."""
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    AcceleratorState._reset_state(True)
+    yield
+    AcceleratorState._reset_state(True)
+
+
+def run_script(*arguments, processes: int = 1, seconds: float = 300, **variables: str) -> subprocess.CompletedProcess:
+    launcher = [sys.executable]
+    if processes > 1:
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    path = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", **variables}
+    return subprocess.run(
+        [*launcher, str(TOY), *map(str, arguments)], env=environment, capture_output=True, text=True, timeout=seconds
+    )
+
+
+def lines_of(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def losses_of(folder: Path) -> list[dict]:
+    return lines_of(folder / "losses.jsonl")
+
+
+def events_of(folder: Path) -> list[dict]:
+    return lines_of(folder / "events.jsonl")
+
+
+def interrupted_at(step: int):
+    """A run that ends as a step begins."""
+
+    def at_step(now: int) -> None:
+        if now == step:
+            raise KeyboardInterrupt
+
+    return at_step
+
+
+def cut_short(output_dir: Path, step: int, **settings) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        toy.toy_trainer(output_dir, at_step=interrupted_at(step), **settings).run()
+
+
+def assert_same_files(one: Path, other: Path, *names: str) -> None:
+    for name in names:
+        assert (one / name).read_bytes() == (other / name).read_bytes(), name
+
+
+def weights_of(folder: Path, step: int = 8) -> dict[str, torch.Tensor]:
+    return load_file(folder / FOLDER / f"step_{step:06d}" / WEIGHTS_FILE)
+
+
+def assert_same_training(one: Path, other: Path, tolerance: float) -> None:
+    for a, b in zip(losses_of(one), losses_of(other), strict=True):
+        assert a["terms"] == pytest.approx(b["terms"], abs=tolerance)
+        assert a["loss"] == pytest.approx(b["loss"], abs=tolerance)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], abs=tolerance)
+        assert a["lr"] == b["lr"]
+    torch.testing.assert_close(weights_of(one), weights_of(other), atol=tolerance, rtol=0)
