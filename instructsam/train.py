@@ -14,20 +14,22 @@ The same command again continues a run that was interrupted. Settings: `configs/
 from __future__ import annotations
 
 import os
-import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import hydra
 import torch
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from instructsam.configs_path import CONFIGS, complete_settings
 from instructsam.training.lock import exclusive
+
+if TYPE_CHECKING:
+    from instructsam.training.build import Task
 
 
 def train(settings: dict[str, Any], overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -35,32 +37,30 @@ def train(settings: dict[str, Any], overrides: Sequence[str] = ()) -> dict[str, 
 
     overrides: what of the settings was given on the command line, for the records.
     """
-    from instructsam.models.checkpoints import replace_folder
     from instructsam.models.compiling import compile_frozen_vision
-    from instructsam.models.lora import save_with_adapter
     from instructsam.models.placement import as_dtype
-    from instructsam.training.build import build_task
+    from instructsam.training.build import build_task, fingerprint
     from instructsam.training.config import TrainerConfig
     from instructsam.training.optim import OptimConfig, select_parameters
     from instructsam.training.overfit import verdict
     from instructsam.training.trainer import Trainer
 
+    # Settings first: what is wrong with them should not wait for weights and data.
     save_dtype = as_dtype(settings["save_dtype"], "save_dtype", auto=False)
+    config = TrainerConfig.from_dict(
+        {**settings["trainer"], "seed": settings["seed"], "output_dir": settings["output_dir"]}
+    )
+    optim = OptimConfig.from_dict(settings["optim"])
     if settings["threads"]:
         torch.set_num_threads(settings["threads"])
     task = build_task(settings)
     if task.model.load_report is not None and int(os.environ.get("RANK", 0)) == 0:
         task.model.load_report.write(Path(settings["output_dir"]) / "load_report.json")
-    config = TrainerConfig.from_dict(
-        {**settings["trainer"], "seed": settings["seed"], "output_dir": settings["output_dir"]}
-    )
     evaluate = None
     if config.eval_every:
         from instructsam.training.evaluating import periodic_evaluation
 
         evaluate = periodic_evaluation(task, settings)
-    fingerprint = {key: settings[key] for key in ("model", "data", "objective")}
-    optim = OptimConfig.from_dict(settings["optim"])
     if settings["model"]["compile_vision"]:
         select_parameters(task.objective, optim)  # only what does not train is compiled
         compile_frozen_vision(task.model)
@@ -71,7 +71,7 @@ def train(settings: dict[str, Any], overrides: Sequence[str] = ()) -> dict[str, 
         task.collate,
         optim,
         evaluate,
-        fingerprint,
+        fingerprint(settings, task),
         task.group_by,
         task.sizes,
         settings,
@@ -81,13 +81,14 @@ def train(settings: dict[str, Any], overrides: Sequence[str] = ()) -> dict[str, 
     if summary["status"] != "interrupted":
         state = trainer.state_dict()
         if trainer.accelerator.is_main_process:
-            folder = Path(settings["output_dir"]) / "checkpoint"
-            with replace_folder(folder) as unfinished:
-                model_state = {name.removeprefix("model."): t for name, t in state.items() if name.startswith("model.")}
-                save_with_adapter(task.model, unfinished, save_dtype, model_state)
-                task.processor.save_pretrained(unfinished)
-            print(f"model saved to {folder}")
-        if evaluate is not None and settings["evaluation"]["data"] == "train" and trainer.accelerator.is_main_process:
+            output = Path(settings["output_dir"])
+            _save_model(task, output / "checkpoint", save_dtype, state)
+            best = trainer.best_state_dict(state) if config.best_metric is not None else None
+            if best is not None:
+                _save_model(task, output / "checkpoint_best", save_dtype, best)
+        evaluation = settings["evaluation"]
+        on_all_it_trained_on = evaluation["data"] == "train" and evaluation["num_instructions"] is None
+        if evaluate is not None and on_all_it_trained_on and trainer.accelerator.is_main_process:
             print(verdict(trainer.tracking.losses.read(), summary["metrics"]))
     if trainer.accelerator.num_processes > 1:
         trainer.accelerator.wait_for_everyone()
@@ -95,16 +96,24 @@ def train(settings: dict[str, Any], overrides: Sequence[str] = ()) -> dict[str, 
     return summary
 
 
+def _save_model(task: Task, folder: Path, dtype: torch.dtype, state: Mapping[str, torch.Tensor]) -> None:
+    """The model of an objective's state dict, with its processor."""
+    from instructsam.models.checkpoints import replace_folder
+    from instructsam.models.lora import save_with_adapter
+
+    with replace_folder(folder) as unfinished:
+        own = {name.removeprefix("model."): tensor for name, tensor in state.items() if name.startswith("model.")}
+        save_with_adapter(task.model, unfinished, dtype, own)
+        task.processor.save_pretrained(unfinished)
+    print(f"model saved to {folder}")
+
+
 @hydra.main(config_path=CONFIGS, config_name="train", version_base="1.3")
 def main(config: DictConfig) -> None:
-    for number in (signal.SIGTERM, signal.SIGUSR1):  # launch scripts have their launcher, and so us, ignore them
-        signal.signal(number, signal.SIG_DFL)
     settings = complete_settings(config)
     first = int(os.environ.get("RANK", 0)) == 0
     try:
         with exclusive(settings["output_dir"]) if first else nullcontext():
-            if first:
-                OmegaConf.save(OmegaConf.create(settings), Path(settings["output_dir"]) / "config.yaml")
             summary = train(settings, list(HydraConfig.get().overrides.task))
     except ValueError as error:
         sys.exit(f"error: {error}")

@@ -6,6 +6,7 @@ import re
 import shlex
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,8 @@ from instructsam.training.build import OBJECTIVES
 from instructsam.training.checkpoint_files import fingerprint_differences
 from instructsam.training.config import TrainerConfig
 from instructsam.training.optim import OptimConfig
+
+REPOSITORY = Path(__file__).parents[1]
 
 
 def choices(group: str) -> list[str]:
@@ -116,3 +119,19 @@ def test_stage_2_differs_from_stage_1_in_rates_start_and_accumulation_only():
     rates = {"optim.lr", "optim.groups.vlm.lr", "optim.groups.detector.lr"}
     parts = {"model.vlm_path", "model.detector_path", "model.checkpoint"}
     assert differences == {"output_dir", "trainer.accumulation", *rates, *parts}
+
+
+@pytest.mark.parametrize("experiment", ["tiny_world", "stage1", "stage2", "tiny_vlm"])
+def test_every_setting_of_trainer_and_optimizer_can_be_given(experiment):
+    """A field that no file mentions could only be given with a +, which nobody guesses."""
+    settings = settings_of("train", f"experiment={experiment}", "data.root=somewhere")
+    assert set(settings["trainer"]) == {field.name for field in fields(TrainerConfig)} - {"output_dir", "seed"}
+    assert set(settings["optim"]) == {field.name for field in fields(OptimConfig)}
+
+
+def test_overrides_in_the_readme_compose():
+    text = (REPOSITORY / "README.md").read_text(encoding="utf-8").split("## Train")[1].split("## Evaluate")[0]
+    found = re.findall(r"`(\+?(?:trainer|optim|model|data)[.=][^`]+=[^`]+)`", text.replace("\n", " "))
+    assert len(found) > 12, found
+    for overrides in found:
+        settings_of("train", "experiment=stage1", "data.root=somewhere", *overrides.replace("NAME", "vlm").split())

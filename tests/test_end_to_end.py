@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tiny_fixtures import settings_of
 
 from instructsam import segment as segment_command
@@ -305,11 +305,34 @@ def test_evaluation_skips_bad_records_and_only_one_rank_paints(world, tmp_path, 
     settings["data"]["on_bad"] = "skip"
     evaluate_task = periodic_evaluation(task, settings)
     monkeypatch.setenv("RANK", "1")
-    other = evaluate_task(1)
+    other = evaluate_task(1, task.objective)
     assert not (tmp_path / "run").exists()
     monkeypatch.setenv("RANK", "0")
-    assert evaluate_task(1) == other
+    assert evaluate_task(1, task.objective) == other
     assert (tmp_path / "run/samples/step_000001.png").stat().st_size > 0
+    settings["trainer"]["best_metric"] = "ap50"
+    with pytest.raises(ValueError, match="best_metric=ap50 is none of mAP, AP50"):
+        periodic_evaluation(task, settings)
+
+
+def test_the_best_model_is_saved_beside_the_last(world, tmp_path, monkeypatch):
+    """The second of four steps is made the best; a run that ends there has the same model."""
+    scores = iter([0.5, 0.9, 0.2, 0.1])
+    monkeypatch.setattr(
+        "instructsam.training.evaluating.periodic_evaluation", lambda *_: lambda *_: {"AP50": next(scores)}
+    )
+    base = [f"data.root={world}", "trainer.per_device_batch_size=2", "optim.schedule=constant", "optim.warmup_ratio=0"]
+    more = ["trainer.max_steps=4", "trainer.eval_every=1", "trainer.best_metric=AP50", "trainer.keep_checkpoints=1"]
+    train(settings_of("train", *base, *more, f"output_dir={tmp_path / 'four'}"))
+    train(settings_of("train", *base, "trainer.max_steps=2", f"output_dir={tmp_path / 'two'}"))
+    best, last, two = (
+        load_file(tmp_path / name / "model.safetensors")
+        for name in ("four/checkpoint_best", "four/checkpoint", "two/checkpoint")
+    )
+    assert best.keys() == last.keys() == two.keys()
+    assert all(torch.equal(best[name], two[name]) for name in best)
+    assert any(not torch.equal(best[name], last[name]) for name in best)
+    assert (tmp_path / "four/checkpoint_best/processor_config.json").exists()
 
 
 def test_a_kill_while_the_model_is_saved_leaves_the_older_one(world, tmp_path, monkeypatch):

@@ -97,6 +97,7 @@ class DistributedBatchSampler(Sampler[list[Key]]):
         )
         self.group = self.global_batch_size if group_by is not None else None
         self._plans: dict[int, Plan] = {}
+        self._batches: int | None = None
         self._warned = False
 
     @property
@@ -134,21 +135,14 @@ class DistributedBatchSampler(Sampler[list[Key]]):
             raise ValueError(f"epochs must be above 0, got {epochs}")
         return max(1, int(np.ceil(self.dataset_length * epochs)))
 
-    def steps(self, samples: int) -> int:
-        """Optimizer steps from the run's start until so many samples are consumed, at least one.
-
-        Exact with a fixed batch size; with budgets an estimate, see `samples_per_step`.
-        """
-        if self.global_batch_size is not None:
-            return max(1, -(-samples // self.global_batch_size))
-        return max(1, int(np.ceil(samples / self.samples_per_step)))
-
     @property
     def samples_per_step(self) -> float:
         """The global batch size; with budgets its mean, as if all epochs had as many batches as the first."""
         if self.global_batch_size is not None:
             return self.global_batch_size
-        return self.dataset_length * self.micro_batches_in_step / len(self.plan(0).ends)
+        if self._batches is None:  # planning takes seconds
+            self._batches = len(self.plan(0).ends)
+        return self.dataset_length * self.micro_batches_in_step / self._batches
 
     def state_dict(self) -> dict[str, Any]:
         """What has to be saved to go on from `position`; fit for JSON."""

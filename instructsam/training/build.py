@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -21,6 +23,20 @@ from instructsam.models.modeling import InstructSAM
 from instructsam.processing.processor import InstructSAMProcessor
 from instructsam.training.objectives import InstructionObjective
 
+# Of settings["model"]: where weights come from (a checksum knows those that do not train), and how they compute.
+_FREE: tuple[str, ...] = ("tokenizer", "checkpoint", "init", "vlm_path", "detector_path")
+_FREE += ("gradient_checkpointing", "compile_vision", "attn_implementation")
+# Of settings["data"]: what is asked of the samples.
+_ASKED: tuple[str, ...] = (
+    "turns_per_image",
+    "independent_turns",
+    "too_many_instances",
+    "on_bad",
+    "group_by",
+    "limit",
+    "kinds",
+)
+_ASKED += ("epoch_samples", "composition", "augmentation")
 OBJECTIVES = ("instruct", "pretrain_detector", "pretrain_vlm")
 
 
@@ -76,6 +92,26 @@ def build_task(settings: Mapping[str, Any]) -> Task:
             raise ValueError(f"data.group_by={data['group_by']!r} is not null or one of {', '.join(sizes)}")
         task.group_by = sizes[data["group_by"]]
     return task
+
+
+def fingerprint(settings: Mapping[str, Any], task: Task) -> dict[str, Any]:
+    """What must not change between the parts of a run: what its results depend on, not where files lie or what only
+    costs time and memory. The samples themselves are known by their sizes."""
+    data, model = settings["data"], settings["model"]
+    sizes = task.dataset.samples.sizes
+    samples = 0
+    for field in fields(sizes):
+        samples = zlib.crc32(np.ascontiguousarray(getattr(sizes, field.name)).data, samples)
+    sources = {name: source for name, source in data["sources"].items() if source is not None}
+    return {
+        "model": {name: value for name, value in model.items() if name not in _FREE},
+        "data": {
+            **{name: data[name] for name in _ASKED if name in data},
+            "draws": {name: [source.get("repeats"), source.get("weight")] for name, source in sources.items()},
+            "samples": samples,
+        },
+        "objective": settings["objective"],
+    }
 
 
 def _pretraining_task(

@@ -17,6 +17,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from instructsam.training.files import replace_text
+
 logger = logging.getLogger(__name__)
 
 FORMAT = 2
@@ -147,22 +149,21 @@ def note_best(output_dir: str | Path, metric: str, record: Mapping[str, Any]) ->
     Args:
         record: {"step", "metrics"}.
 
-    Raises:
-        ValueError: there is no such figure.
+    A figure that this evaluation lacks (nothing to average over, say) is no better one.
     """
     sign, name = (-1.0, metric[1:]) if metric.startswith("-") else (1.0, metric)
-    if name not in record["metrics"]:
-        raise ValueError(f"trainer.best_metric={metric}: the evaluation gave {', '.join(record['metrics'])}")
-    value, best = record["metrics"][name], read_best(output_dir)
+    value, best = record["metrics"].get(name), read_best(output_dir)
     if value is None or (best is not None and best["metric"] == metric and sign * value <= sign * best["value"]):
         return
-    path = Path(output_dir) / FOLDER / BEST_FILE
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(
-        json.dumps({"step": record["step"], "metric": metric, "value": value}) + "\n", encoding="utf-8"
-    )
-    _flush_to_disk(temporary)
-    temporary.replace(path)
+    text = json.dumps({"step": record["step"], "metric": metric, "value": value}) + "\n"
+    replace_text(Path(output_dir) / FOLDER / BEST_FILE, text)
+
+
+def forget_best_after(output_dir: str | Path, checkpoint: Path | None) -> None:
+    """Drop the note of a best evaluation that comes after the checkpoint a run goes on from (None: from the start)."""
+    best = read_best(output_dir)
+    if best is not None and (checkpoint is None or best["step"] > read_state(checkpoint)["step"]):
+        remove(Path(output_dir) / FOLDER / BEST_FILE)
 
 
 def clean(output_dir: str | Path) -> None:

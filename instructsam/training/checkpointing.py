@@ -77,6 +77,11 @@ def load_weights(checkpoint: str | Path, objective: nn.Module) -> None:
             here[name].copy_(value)
 
 
+def stored_weights(checkpoint: Path) -> dict[str, Tensor]:
+    """What a checkpoint has of the weights, averaged where it has averages."""
+    return _read(checkpoint / WEIGHTS_FILE) | (_read(checkpoint / EMA_FILE) if (checkpoint / EMA_FILE).exists() else {})
+
+
 def frozen_checksum(objective: nn.Module) -> int:
     """CRC-32 over names and bytes of the parameters that do not train; to be taken before an engine splits them."""
     value = 0

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
+from instructsam.training.health import LEAST_STEPS
 from instructsam.training.precision import AUTOCAST
 
 PRECISIONS = ("no", "bf16", "fp16")
@@ -30,10 +31,10 @@ class TrainerConfig:
     moving averages of the weights.
 
     Trouble: nonfinite "stop" ends the run at a loss or gradient that is not finite, "skip" leaves the step out, up to
-    max_nonfinite of them. A loss above the median of the last spike_window by spike_factor deviations is noted with its
-    samples (0: never). max_skipped: more samples than this left out as bad while training are an
-    error. resume "auto" goes on from the newest sound checkpoint in output_dir, "never" refuses a directory that holds
-    one, "fresh" removes what is there.
+    max_nonfinite of them (with fp16 this is about losses; such gradients its scaler leaves out, looking for a scale).
+    A loss above the median of the last spike_window by spike_factor deviations is noted with its samples (0: never).
+    max_skipped: more samples than this left out as bad while training are an error. resume "auto" goes on from the
+    newest sound checkpoint in output_dir, "never" refuses a directory that holds one, "fresh" removes what is there.
 
     Checkpoints: checkpoint_every 0 saves only at the end; keep_checkpoints 0 keeps all; best_metric, a figure of the
     evaluation, keeps the checkpoint where it was highest too ("-NAME": lowest); save_frozen also stores what does not
@@ -96,7 +97,7 @@ class TrainerConfig:
             )
         least = dict.fromkeys(["max_steps", "per_device_batch_size", *budgets, "accumulation", "log_every"], 1)
         least |= dict.fromkeys(["seed", "num_workers", "checkpoint_every", "keep_checkpoints", "eval_every"], 0)
-        least |= dict.fromkeys(["max_skipped", "max_nonfinite", "profile_steps"], 0) | {"spike_window": 20}
+        least |= dict.fromkeys(["max_skipped", "max_nonfinite", "profile_steps"], 0) | {"spike_window": LEAST_STEPS}
         optional = {field.name for field in fields(self) if str(field.type).endswith("| None")}
         for name, minimum in least.items():
             value = getattr(self, name)

@@ -84,16 +84,18 @@ class EMA:
             torch._foreach_copy_(_here(self._parameters), values)
         self._after_swap()
 
-    def state_dict(self) -> dict[str, Tensor]:
+    def state_dict(self, keep: bool = True) -> dict[str, Tensor]:
         """Whole averages by parameter name, float32 on the CPU, and ``num_updates``, int64 ().
 
         Under FSDP2 the shards are put together, so that another number of ranks can go on: every rank must call it.
+        keep: false on the ranks that save nothing: they only take part, and get {}.
         """
-        state = {
-            name: (average.full_tensor() if isinstance(average, DTensor) else average).detach().cpu().clone()
-            for name, average in zip(self._names, self._averages, strict=True)
-        }
-        return {**state, COUNT: torch.tensor(self.num_updates)}
+        state: dict[str, Tensor] = {}
+        for name, average in zip(self._names, self._averages, strict=True):
+            whole = average.full_tensor() if isinstance(average, DTensor) else average
+            if keep:
+                state[name] = whole.detach().to("cpu", copy=True)
+        return {**state, COUNT: torch.tensor(self.num_updates)} if keep else {}
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:

@@ -15,11 +15,13 @@ import math
 import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from datetime import timedelta
 from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import (
+    DistributedDataParallelKwargs,
     DistributedType,
     GradientAccumulationPlugin,
     InitProcessGroupKwargs,
@@ -29,6 +31,9 @@ from torch import Tensor, nn
 
 from instructsam.models.placement import as_dtype
 from instructsam.training.precision import AUTOCAST
+
+PATIENCE = timedelta(hours=1)
+"""How long processes wait for each other: while one writes a large checkpoint to a slow disk, for instance."""
 
 OptimizerState = dict[str, dict[str, Any]]
 """Parameter name → key of its state ("exp_avg", "step", …) → tensor of the parameter's full shape, or number."""
@@ -89,6 +94,11 @@ class Engine:
         self.optimizer.zero_grad()
         return float("nan")
 
+    @property
+    def left_out(self) -> bool:
+        """Whether fp16's scaler has left out the last step, as it does with gradients that are not finite."""
+        return bool(self.optimizer.step_was_skipped)
+
     def skip(self) -> None:
         """Drop the gradients of a step that must not be taken."""
         self.optimizer.zero_grad()
@@ -129,14 +139,13 @@ class Engine:
     def optimizer_state(self) -> OptimizerState:
         """On the main process: the state of every parameter that has one, whole, on the CPU. Called by all."""
         state = self.optimizer.optimizer.state
-        found = {
-            name: {
-                key: _whole(value) if isinstance(value, Tensor) else value for key, value in state[parameter].items()
-            }
-            for name, parameter in self._trainable()
-            if parameter in state
-        }
-        return {name: _to_cpu(values) for name, values in found.items()} if self.accelerator.is_main_process else {}
+        found: OptimizerState = {}
+        for name, parameter in self._trainable():
+            for key, value in state.get(parameter, {}).items():
+                whole = _whole(value) if isinstance(value, Tensor) else value  # one at a time: they are large
+                if self.accelerator.is_main_process:
+                    found.setdefault(name, {}).update(_to_cpu({key: whole}))
+        return found
 
     def load_optimizer_state(self, state: OptimizerState) -> None:
         """Undo `optimizer_state`; `state` is whole on every process."""
@@ -190,6 +199,11 @@ class FSDP2Engine(Engine):
     ) -> None:
         _refuse_other_optimizers(optimizer, self.name)
         super().prepare(objective, optimizer, clip_norm, evaluates)
+
+    def micro_batch(self, last: bool) -> AbstractContextManager[Any]:
+        # Gradients travel with every micro batch: kept until the last one they would be whole on every process.
+        del last
+        return nullcontext()
 
     def forward(self, batch: dict[str, Any], counts: dict[str, Tensor]) -> dict[str, Tensor]:
         # FSDP's own mixed precision would round inputs, targets and counts.
@@ -346,10 +360,12 @@ def start_engine(precision: str, output_dir: str, trackers: list[str] | None = N
         raise ValueError(f"trainer.precision=fp16 needs a gradient scaler, which {wanted} does without here: take bf16")
     if precision == "fp16" and not torch.cuda.is_available():
         raise ValueError("trainer.precision=fp16 needs a GPU; a CPU computes in bf16 or float32")
-    handlers: list[Any] = []
+    patience = InitProcessGroupKwargs(timeout=PATIENCE)
+    # Without the view, gradients are held twice.
+    handlers: list[Any] = [patience, DistributedDataParallelKwargs(gradient_as_bucket_view=True)]
     if wanted and not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        handlers.append(InitProcessGroupKwargs(backend="gloo"))
+        patience.backend = "gloo"
     accelerator = Accelerator(
         mixed_precision="no" if wanted else precision,  # how the others compute in bf16: their `forward` and `prepare`
         # A plugin rather than a number: a launcher's environment would override the number and rescale every loss.

@@ -36,6 +36,9 @@ def periodic_evaluation(task: Task, settings: Mapping[str, Any]) -> Callable[[in
             batch_size, gallery_rows.
     """
     options, data = settings["evaluation"], settings["data"]
+    best = settings["trainer"]["best_metric"]
+    if best is not None and best.removeprefix("-") not in KEYS:
+        raise ValueError(f"trainer.best_metric={best} is none of {', '.join(KEYS)} (with - in front: lowest)")
     if options["data"] not in ("val", "train"):
         raise ValueError(f"evaluation.data={options['data']!r} is neither val nor train")
     if options["data"] == "train":
@@ -59,7 +62,7 @@ def periodic_evaluation(task: Task, settings: Mapping[str, Any]) -> Callable[[in
                 predictor, items, threshold=options["threshold"], batch_size=options["batch_size"], progress=False
             )
         model.train(was_training)
-        if int(os.environ.get("RANK", 0)) == 0:  # all ranks predict the same
+        if int(os.environ.get("RANK", 0)) == 0:  # all ranks have the records of all
             path = gallery_path(settings["output_dir"], step)
             path.parent.mkdir(parents=True, exist_ok=True)
             write_gallery(records, path, options["gallery_rows"])

@@ -23,6 +23,8 @@ from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
+from instructsam.training.files import replace_text
+
 OTHER = "other"
 FLOPS_FILE = "flops.json"
 NOT_TRAINING = ("evaluation", "checkpoint")  # phases that do not count for the speed
@@ -184,8 +186,8 @@ class FlopEstimate:
         self._path = Path(output_dir) / FLOPS_FILE
         self._left = micro_batches if finished_steps == 0 and not _uses_flex_attention(objective) else 0
         self._counted = {"flops": 0.0, "size": 0.0}
-        if finished_steps and self._path.exists():
-            self._counted = json.loads(self._path.read_text(encoding="utf-8"))
+        if finished_steps:
+            self._counted = _read_count(self._path) or self._counted
 
     @contextmanager
     def counting(self, inputs: Mapping[str, float]) -> Iterator[None]:
@@ -203,13 +205,21 @@ class FlopEstimate:
         self._counted["flops"] += float(counter.get_total_flops())
         self._counted["size"] += _size(inputs)
         if not self._left:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            self._path.write_text(json.dumps(self._counted) + "\n", encoding="utf-8")
+            replace_text(self._path, json.dumps(self._counted) + "\n")
 
     def of(self, inputs: Mapping[str, float]) -> float:
         """Estimate for inputs of a given size; 0 where nothing is counted."""
         counted = self._counted
         return counted["flops"] / counted["size"] * _size(inputs) if counted["size"] else 0.0
+
+
+def _read_count(path: Path) -> dict[str, float] | None:
+    """What an earlier start has counted; None where there is nothing, or nothing sound."""
+    try:
+        counted = json.loads(path.read_text(encoding="utf-8"))
+        return {name: float(counted[name]) for name in ("flops", "size")}
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _size(inputs: Mapping[str, float]) -> float:

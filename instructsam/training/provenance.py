@@ -60,7 +60,7 @@ def describe_start(
     overrides: Sequence[str] = (),
     global_batch_size: float | None = None,
 ) -> dict[str, Any]:
-    """The record of a start: plain JSON.
+    """The record of a start: plain JSON. Only the main process, which alone writes it, asks git.
 
     Args:
         step: finished steps: 0, or where the run resumes.
@@ -70,7 +70,7 @@ def describe_start(
     device = engine.accelerator.device
     return {
         "step": step,
-        "git": git_revision(),
+        "git": git_revision() if engine.accelerator.is_main_process else None,
         "overrides": list(overrides),
         "versions": versions(),
         "engine": engine.name,

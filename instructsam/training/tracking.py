@@ -18,6 +18,7 @@ import json
 import logging
 import math
 import os
+import re
 import sys
 import time
 from collections.abc import Mapping
@@ -29,14 +30,15 @@ from accelerate import Accelerator
 from PIL import Image
 from tqdm import tqdm
 
+from instructsam.training.files import replace_text
 from instructsam.training.health import describe
-from instructsam.training.meters import Meter, Work
+from instructsam.training.meters import FLOPS_FILE, Meter, Work
 
 logger = logging.getLogger(__name__)
 
 LOSSES_FILE, EVALUATIONS_FILE, EVENTS_FILE = "losses.jsonl", "evaluations.jsonl", "events.jsonl"
 PROGRESS_FILE, STARTS_FILE = "progress.jsonl", "starts.jsonl"
-WANDB_MODES = ("offline", "online", "disabled")
+WANDB_ID_FILE = "wandb_id.txt"
 
 
 def gallery_path(output_dir: str | Path, step: int) -> Path:
@@ -62,14 +64,16 @@ class Ledger:
             return
         kept = "".join(line for line in self._whole_lines() if json.loads(line)["step"] <= step)
         if kept.encode() != self.path.read_bytes():
-            temporary = self.path.with_name(self.path.name + ".tmp")
-            temporary.write_text(kept, encoding="utf-8")
-            temporary.replace(self.path)
+            replace_text(self.path, kept)
 
     def append(self, record: Mapping[str, Any]) -> None:
-        """Add one line; floats keep full precision, non-finite ones become null (JSON has none)."""
+        """Add one line; floats keep full precision, non-finite ones become null (JSON has none).
+
+        What a kill has left of a last line goes first: the record would be glued to it.
+        """
         if self._file is None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._cut_torn_line()
             self._file = self.path.open("a", encoding="utf-8")
         self._file.write(json.dumps(_json_able(record), allow_nan=False) + "\n")
         self._file.flush()
@@ -84,6 +88,12 @@ class Ledger:
         if self._file is not None:
             self._file.close()
             self._file = None
+
+    def _cut_torn_line(self) -> None:
+        if self.path.exists():
+            content = self.path.read_bytes()
+            if not content.endswith(b"\n"):
+                os.truncate(self.path, content.rfind(b"\n") + 1)
 
     def _whole_lines(self) -> list[str]:
         if not self.path.exists():
@@ -131,6 +141,17 @@ class Tracking:
         self._wants_bar = progress_bar and self.is_main
         self._bar: tqdm | None = None
 
+    def forget(self, project: str) -> None:
+        """Remove the records of an earlier run, for one that begins anew: files, pictures, TensorBoard's curves, and
+        the run id of W&B (whose own folder stays: it may not be synchronised yet). To be called before `start`."""
+        if not self.is_main:
+            return
+        names = (LOSSES_FILE, EVALUATIONS_FILE, EVENTS_FILE, PROGRESS_FILE, STARTS_FILE, WANDB_ID_FILE, FLOPS_FILE)
+        pictures = gallery_path(self.folder, 0).parent.glob("step_*.png")
+        curves = (self.folder / project).glob("events.out.tfevents.*")
+        for path in (*(self.folder / name for name in names), *pictures, *curves):
+            path.unlink(missing_ok=True)
+
     def start(self, step: int) -> None:
         """Get ready to record the steps after `step`."""
         if not self.is_main:
@@ -158,6 +179,7 @@ class Tracking:
         epoch: float,
         work: Work | None = None,
         group_norms: Mapping[str, float] | None = None,
+        last: bool = False,
     ) -> None:
         """Record one optimizer step: `record` holds step, loss, terms, lr, grad_norm.
 
@@ -165,6 +187,7 @@ class Tracking:
             samples: of this step, over all ranks.
             work: what it took in and spent besides.
             group_norms: norm of the gradient of each parameter group before clipping; used on logging steps.
+            last: of the run; logged as every `log_every`-th is.
         """
         if not self.is_main:
             return
@@ -173,7 +196,7 @@ class Tracking:
         step = record["step"]
         if self._bar is not None:
             self._bar.update(1)
-        if step % self.log_every and step != self._max_steps:
+        if step % self.log_every and not last:
             return
         speed = self._meter.read()
         norms = {"group_norms": group_norms} if group_norms else {}
@@ -276,18 +299,14 @@ def start_dashboards(
         step: finished steps.
         config: resolved configuration, nested.
         start: what the run is started from (`provenance.describe_start`).
-        wandb_mode: one of `WANDB_MODES`; None: the environment's WANDB_MODE, or else offline, which sends nothing
-            anywhere (`wandb sync` does later).
-
-    Raises:
-        ValueError: an unknown mode.
+        wandb_mode: one of `config.WANDB_MODES`; None: the environment's WANDB_MODE, or else offline, which sends
+            nothing anywhere (`wandb sync` does later).
     """
-    if wandb_mode is not None and wandb_mode not in WANDB_MODES:
-        raise ValueError(f"wandb_mode must be null or one of {', '.join(WANDB_MODES)}, got {wandb_mode!r}")
     if not accelerator.log_with or not accelerator.is_main_process:
         return
     folder = Path(output_dir).resolve()
-    options: dict[str, Any] = {"tensorboard": {"purge_step": step + 1 if step else None}}
+    # What a part of the run that was killed has logged after this step is not shown; at step 0 all of it.
+    options: dict[str, Any] = {"tensorboard": {"purge_step": step + 1 if step else 0}}
     if any(str(getattr(tracker, "value", tracker)) == "wandb" for tracker in accelerator.log_with):
         mode = wandb_mode or os.environ.get("WANDB_MODE") or "offline"
         options["wandb"] = {"name": folder.name, "dir": str(folder), "id": _wandb_id(folder), "mode": mode}
@@ -305,12 +324,13 @@ def start_dashboards(
 
 
 def _wandb_id(folder: Path) -> str:
-    """Run id kept next to the checkpoints, so that a resumed run continues its own curves."""
-    path = folder / "wandb_id.txt"
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(os.urandom(8).hex(), encoding="utf-8")
-    return path.read_text(encoding="utf-8").strip()
+    """Run id kept next to the checkpoints, so that a resumed run continues its own curves; anew where damaged."""
+    path = folder / WANDB_ID_FILE
+    found = path.read_bytes().decode("ascii", "replace").strip() if path.exists() else ""
+    if not re.fullmatch("[0-9a-f]{16}", found):
+        found = os.urandom(8).hex()
+        replace_text(path, found)
+    return found
 
 
 def _json_able(value: Any) -> Any:

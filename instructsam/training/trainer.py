@@ -28,6 +28,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+import yaml
 from accelerate.utils import broadcast_object_list, gather_object, send_to_device
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
@@ -35,8 +36,8 @@ from torch.utils.data import DataLoader, Dataset
 from instructsam.data.budgets import Budgets, Sizes
 from instructsam.data.samplers import DistributedBatchSampler
 from instructsam.models.placement import as_dtype
-from instructsam.training.checkpoint_files import note_best, path_of, prune
-from instructsam.training.checkpointing import Checkpointer
+from instructsam.training.checkpoint_files import forget_best_after, note_best, path_of, prune, read_best
+from instructsam.training.checkpointing import Checkpointer, stored_weights
 from instructsam.training.config import TrainerConfig
 from instructsam.training.ema import EMA
 from instructsam.training.engines import start_engine
@@ -132,6 +133,9 @@ class Trainer:
                 return self._summary("already_complete")
             self.tracking.say(one_line(self.start_record))
             self.tracking.record_start(self.start_record)
+            if self.settings and self.tracking.is_main:
+                text = yaml.safe_dump(self.settings, sort_keys=False, allow_unicode=True)
+                (Path(self.config.output_dir) / "config.yaml").write_text(text, encoding="utf-8")
             start_dashboards(
                 self.accelerator,
                 self.config.output_dir,
@@ -184,6 +188,8 @@ class Trainer:
         )
         for note in notes:
             self.tracking.say(note)
+        if config.resume == "fresh":
+            self.tracking.forget(config.project)
         self.tracking.start(self.progress.finished_steps)
         self.recall()
 
@@ -216,6 +222,8 @@ class Trainer:
         """The newest sound checkpoint of this run, if there is one."""
         self.checkpointer.clean(all_of_them=self.config.resume == "fresh")
         checkpoint = self.checkpointer.find_latest()
+        if self.accelerator.is_main_process:
+            forget_best_after(self.config.output_dir, checkpoint)
         if checkpoint is not None and self.config.resume == "never":
             raise ValueError(
                 f"resume is 'never' but {checkpoint} exists: choose another output_dir, or remove the old run"
@@ -267,16 +275,12 @@ class Trainer:
             started = time.perf_counter()
             with self.timer.phase("data"):
                 micro_batches = [next_batch(batches) for _ in range(config.accumulation)]
-            must_stop = self.step(micro_batches, stop.received is not None, time.perf_counter() - started)
-            if self._saves_now() or must_stop:
+            must_stop = self.step(micro_batches, stop, time.perf_counter() - started)
+            if self._saves_now() or (must_stop and not config.profile_steps):
                 with self.timer.phase("checkpoint"):
                     self.save()
             if must_stop and not self.progress.done:
-                self.tracking.say(
-                    f"stopped by {stop.received or 'a signal to another process'} after step "
-                    f"{self.progress.finished_steps}; checkpoint saved in "
-                    f"{path_of(config.output_dir, self.progress.finished_steps)}. Run the same command again to resume."
-                )
+                self.tracking.say(self._farewell(stop))
                 return "interrupted"
             with self.timer.phase("evaluation"):
                 self.evaluate_if_due()
@@ -285,23 +289,23 @@ class Trainer:
 
     # ------------------------------------------------------------------ one optimizer step
 
-    def step(self, batches: list[Batch], stop_wanted: bool = False, data_seconds: float = 0.0) -> bool:
+    def step(self, batches: list[Batch], stop: StopSignals, data_seconds: float = 0.0) -> bool:
         """One optimizer step on this rank's micro batches; returns whether any rank wants to stop after it."""
         phase, device = self.timer.phase, self.accelerator.device
         self.seed_step()
         set_learning_rates(self.optimizer, self.optim_config, self.learning_rate_factor())
         inputs = [count_inputs(batch) for batch in batches]
         skipped_ids = [str(name) for batch in batches for name in batch.get("skipped_ids", ())]
+        counts = self.count(batches)  # before they are on the device, which it would wait for
         with phase("to device"):
             batches = [send_to_device(batch, device, non_blocking=True) for batch in batches]
-        counts = self.count(batches)
         terms, losses = self.forward_backward(batches, counts, inputs)
         with phase("clip gradients"):
             grad_norm = self.engine.clip()
         logs = _is_time(self.progress.finished_steps + 1, self.config.log_every)  # before the gradients are gone
         norms = group_norms(self.optimizer, grad_norm, self.config.clip_norm or math.inf) if logs else {}
         own = {
-            "stop": float(stop_wanted),
+            "stop": float(stop.received is not None),
             "skipped": float(len(skipped_ids)),
             "data_seconds": data_seconds / self.accelerator.num_processes,
             "tokens": sum(size["tokens"] for size in inputs),
@@ -403,7 +407,7 @@ class Trainer:
             return
         if not self.engine.clips_in_step:
             self.engine.step()
-        if self.ema is not None:
+        if self.ema is not None and (self.engine.clips_in_step or not self.engine.left_out):
             self.ema.update()
 
     def log(self, seen: Seen, samples: int, norms: Mapping[str, Tensor]) -> None:
@@ -428,6 +432,7 @@ class Trainer:
             self.progress.epochs,
             Work(samples, flops=flops, idle_seconds=idle, **measured),
             {name: float(norm) for name, norm in norms.items()} if self.tracking.is_main else None,
+            last=self.progress.done,
         )
 
     def watch(self, batches: list[Batch]) -> None:
@@ -481,7 +486,7 @@ class Trainer:
     def save(self) -> Path:
         """Checkpoint after the finished steps, with the records it relies on safely on disk."""
         self.tracking.sync()
-        ema = None if self.ema is None else self.ema.state_dict()
+        ema = None if self.ema is None else self.ema.state_dict(keep=self.accelerator.is_main_process)
         return self.checkpointer.save(self.progress.finished_steps, self.progress.state_dict(), ema)
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -490,8 +495,29 @@ class Trainer:
         with self._averaged():
             return self.engine.state_dict()
 
+    def best_state_dict(self, state: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
+        """`state_dict`, given as `state`, with what trained as it was at the best evaluation; None if there was none.
+        For the main process."""
+        best = read_best(self.config.output_dir)
+        if best is None:
+            return None
+        stored = stored_weights(path_of(self.config.output_dir, best["step"]))
+        first = {id(parameter): name for name, parameter in self.objective.named_parameters()}
+        every = self.objective.named_parameters(remove_duplicate=False)
+        stored_as = {name: first[id(parameter)] for name, parameter in every}  # tied ones have the first name
+        return {name: stored.get(stored_as.get(name, name), value) for name, value in state.items()}
+
     def _averaged(self) -> AbstractContextManager[Any]:
         return nullcontext() if self.ema is None else self.ema.swapped()
+
+    def _farewell(self, stop: StopSignals) -> str:
+        step, config = self.progress.finished_steps, self.config
+        said = f"stopped by {stop.received or 'a signal to another process'} after step {step}"
+        if config.profile_steps:
+            return said
+        again = "" if config.resume == "auto" else " with trainer.resume=auto"
+        place = path_of(config.output_dir, step)
+        return f"{said}; checkpoint saved in {place}. Run the same command again{again} to resume."
 
     def _saves_now(self) -> bool:
         config = self.config

@@ -16,6 +16,6 @@ source scripts/launch/forward.sh
 engine=${1:?which engine? a file of configs/accelerate, such as zero1}
 shift
 : "${NODES:?how many machines?}" "${NODE_RANK:?which of them is this, counted from 0?}" "${MASTER:?address of node 0?}"
-run_forwarding "${PYTHON:-python}" -m accelerate.commands.launch --config_file "configs/accelerate/$engine.yaml" \
-  --num_machines "$NODES" --machine_rank "$NODE_RANK" --num_processes $((NODES * ${GPUS:-8})) \
+run_training --config_file "configs/accelerate/$engine.yaml" --num_machines "$NODES" \
+  --machine_rank "$NODE_RANK" --num_processes $((NODES * ${GPUS:-8})) \
   --main_process_ip "$MASTER" --main_process_port "${PORT:-29500}" -m instructsam.train "$@"

@@ -188,8 +188,7 @@ def test_epochs_and_steps():
         sampler.global_batch_size == sampler.samples_per_step == sampler.samples_in_step(12) == 4
         and sampler.epoch_of(20) == 2.0
     )
-    assert [sampler.steps(sampler.total_samples(epochs)) for epochs in (1, 2, 0.01, 0.8)] == [3, 5, 1, 2]
-    assert DistributedBatchSampler(1, 100).steps(1) == 1
+    assert [sampler.total_samples(epochs) for epochs in (1, 2, 0.01, 0.8)] == [10, 20, 1, 8]
     for epochs in (0, -1.0, float("nan")):
         with pytest.raises(ValueError, match="epochs must be above 0"):
             sampler.total_samples(epochs)
@@ -204,8 +203,7 @@ def test_steps_of_budgets_are_those_of_the_first_epoch(length, budget, world, ac
     while position < length:
         position += sampler.samples_in_step(position)
         steps += 1
-    assert sampler.steps(length) == steps == np.ceil(length / sampler.samples_per_step)
-    assert abs(sampler.steps(5 * length) - 5 * steps) <= 5
+    assert steps == np.ceil(round(length / sampler.samples_per_step, 6))
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from instructsam.training import checkpoint_files
+from instructsam.training import checkpoint_files, files
 from instructsam.training.checkpoint_files import (
     BEST_FILE,
     FOLDER,
@@ -17,6 +17,7 @@ from instructsam.training.checkpoint_files import (
     clean,
     find_damage,
     fingerprint_differences,
+    forget_best_after,
     latest,
     list_checkpoints,
     note_best,
@@ -321,15 +322,32 @@ def test_another_metric_starts_a_new_comparison(tmp_path):
     assert read_best(tmp_path) == {"step": 2, "metric": "-error", "value": 4.0}
 
 
-def test_unknown_metric_is_an_error_that_names_the_others(tmp_path):
-    with pytest.raises(ValueError, match="trainer.best_metric=-APP: the evaluation gave AP, count_error"):
-        note_best(tmp_path, "-APP", {"step": 1, "metrics": {"AP": 1.0, "count_error": 2.0}})
+def test_a_figure_that_an_evaluation_lacks_is_no_better_one(tmp_path):
+    (tmp_path / FOLDER).mkdir()
+    note_best(tmp_path, "AP", {"step": 1, "metrics": {"AP": 0.5}})
+    note_best(tmp_path, "AP", {"step": 2, "metrics": {"count_error": 2.0}})
+    assert read_best(tmp_path) == {"step": 1, "metric": "AP", "value": 0.5}
+
+
+def test_a_best_that_the_run_has_gone_back_behind_is_forgotten(tmp_path):
+    (tmp_path / FOLDER).mkdir()
+    note_best(tmp_path, "AP", {"step": 3, "metrics": {"AP": 0.5}})
+    checkpoint = path_of(tmp_path, 3)
+    checkpoint.mkdir()
+    write_state(checkpoint, {"step": 3, "fingerprint": {}})
+    forget_best_after(tmp_path, checkpoint)
+    assert read_best(tmp_path) is not None
+    earlier = path_of(tmp_path, 2)
+    earlier.mkdir()
+    write_state(earlier, {"step": 2, "fingerprint": {}})
+    forget_best_after(tmp_path, earlier)
+    assert read_best(tmp_path) is None
 
 
 def test_best_is_replaced_at_once_or_not_at_all(tmp_path, monkeypatch):
     (tmp_path / FOLDER).mkdir()
     note_best(tmp_path, "AP", {"step": 1, "metrics": {"AP": 0.1}})
-    for owner, name in ((checkpoint_files, "_flush_to_disk"), (Path, "replace")):
+    for owner, name in ((files.os, "fsync"), (Path, "replace")):
         with monkeypatch.context() as patch:
             kill_at(patch, owner, name, 1)
             with pytest.raises(Killed):

@@ -184,6 +184,26 @@ def test_the_estimate_scales_with_tokens_and_counts_only_the_first(tmp_path):
     assert FlopEstimate(model, tmp_path, micro_batches=0).of(inputs) == 0, "a run from the start counts anew"
 
 
+@pytest.mark.parametrize(
+    "damaged", [b"", b'{"flops": 1', b"[]", b'{"flops": 1.0}', b'{"flops": null, "size": 1}', b"\xff"]
+)
+def test_a_damaged_count_is_unknown(damaged, tmp_path):
+    (tmp_path / "flops.json").write_bytes(damaged)
+    assert FlopEstimate(nn.Linear(1, 1), tmp_path, 3).of({"samples": 1.0, "tokens": 1.0, "phrases": 0.0}) == 0
+
+
+def test_a_kill_while_a_count_is_written_leaves_none(tmp_path, monkeypatch):
+    estimate, inputs = FlopEstimate(nn.Linear(4, 4), tmp_path), {"samples": 1.0, "tokens": 1.0, "phrases": 0.0}
+
+    def kill(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pathlib.Path.replace", kill)
+    with pytest.raises(KeyboardInterrupt), estimate.counting(inputs):
+        pass
+    assert not (tmp_path / "flops.json").exists()
+
+
 def test_by_samples_where_there_are_no_tokens(tmp_path):
     model = nn.Linear(4, 4)
     estimate = FlopEstimate(model, tmp_path)

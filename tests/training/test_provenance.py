@@ -6,6 +6,7 @@ import json
 import platform
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -71,6 +72,17 @@ def test_a_start(monkeypatch):
     host, home = platform.node(), str(Path.home())
     assert not host or host not in json.dumps(start)
     assert home == "/" or home not in json.dumps(start)
+
+
+def test_only_the_main_process_asks_git(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    asked = []
+    monkeypatch.setattr(provenance, "git_revision", lambda: asked.append("git"))
+    engine = Engine(Accelerator(), "no")
+    describe_start(engine, 0)
+    assert asked == ["git"]
+    engine.accelerator = SimpleNamespace(is_main_process=False, device=torch.device("cpu"), num_processes=2)
+    assert describe_start(engine, 0)["git"] is None and asked == ["git"]
 
 
 def test_a_start_in_one_line(repository, monkeypatch):

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from safetensors.torch import load_file
 from tiny_fixtures import settings_of
 
 from instructsam.data.coco_instructions import read_coco_instructions
+from instructsam.data.tiny_world import make_tiny_world
 from instructsam.losses.criterion import CriterionConfig, SetCriterion
 from instructsam.merge import merge
 from instructsam.models.full_size import full_size_config
@@ -25,7 +27,8 @@ from instructsam.models.modeling import InstructSAM
 from instructsam.predictor import Predictor
 from instructsam.structures import PhraseTarget, Turn
 from instructsam.train import train
-from instructsam.training.build import Task, build_task
+from instructsam.training.build import Task, build_task, fingerprint
+from instructsam.training.checkpoint_files import fingerprint_differences
 from instructsam.training.config import TrainerConfig
 from instructsam.training.optim import OptimConfig, build_optimizer
 from instructsam.training.precision import cast_frozen
@@ -259,12 +262,26 @@ def test_resumption_refuses_other_settings(stages, world):
         ("trainer.frozen_dtype=null", "trainer.frozen_dtype is 'bfloat16' there and None here"),
         ("model.lora.alpha=8", "model.lora.alpha is 16 there and 8 here"),
         ("data.group_by=null", "data.group_by is 'masks' there and None here"),
-        ("model.gradient_checkpointing=false", "model.gradient_checkpointing is True there and False here"),
         ("optim.train=[.]", "optim.train is "),
     ]:
         options = overrides(1, world, stages / "one", "data.group_by=masks", "trainer.eval_every=0", override)
         with pytest.raises(ValueError, match=message):
             train(settings_of("train", *options))
+
+
+def test_other_data_of_the_same_length_is_told_apart(world, tmp_path):
+    """And the same data elsewhere, or settings that only cost time, are not."""
+    make_tiny_world(tmp_path / "other", train=12, val=1, seed=5)
+    shutil.copytree(world, tmp_path / "moved")
+    task, settings = make_task(world)
+    ours = fingerprint(settings, task)
+    other, other_settings = make_task(world, 1, f"data.root={tmp_path / 'other'}")
+    assert len(other.dataset) == len(task.dataset)
+    differences = fingerprint_differences(ours, fingerprint(other_settings, other))
+    assert len(differences) == 1 and differences[0].startswith("data.samples is")
+    free = [f"data.root={tmp_path / 'moved'}", "model.gradient_checkpointing=false", "data.val=null"]
+    moved, moved_settings = make_task(world, 1, *free)
+    assert fingerprint_differences(ours, fingerprint(moved_settings, moved)) == []
 
 
 def test_an_unmerged_checkpoint_is_no_start_for_stage_2(stages, world, tmp_path):
