@@ -26,6 +26,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from instructsam.configs_path import CONFIGS, complete_settings
+from instructsam.training.leaving import leave
 from instructsam.training.lock import exclusive
 
 if TYPE_CHECKING:
@@ -119,10 +120,7 @@ def main(config: DictConfig) -> None:
         sys.exit(f"error: {error}")
     code = 130 if summary["status"] == "interrupted" else 0
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        # Everything is written. Threads of the process group sometimes abort the interpreter while it shuts down.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+        leave(code)
     sys.exit(code)
 
 

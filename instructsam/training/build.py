@@ -24,10 +24,18 @@ from instructsam.processing.processor import InstructSAMProcessor
 from instructsam.training.objectives import InstructionObjective
 
 # Of settings["model"]: where weights come from (a checksum knows those that do not train), and how they compute.
-_FREE: tuple[str, ...] = ("tokenizer", "checkpoint", "init", "vlm_path", "detector_path")
-_FREE += ("gradient_checkpointing", "compile_vision", "attn_implementation")
+_FREE = (
+    "tokenizer",
+    "checkpoint",
+    "init",
+    "vlm_path",
+    "detector_path",
+    "gradient_checkpointing",
+    "compile_vision",
+    "attn_implementation",
+)
 # Of settings["data"]: what is asked of the samples.
-_ASKED: tuple[str, ...] = (
+_ASKED = (
     "turns_per_image",
     "independent_turns",
     "too_many_instances",
@@ -35,8 +43,10 @@ _ASKED: tuple[str, ...] = (
     "group_by",
     "limit",
     "kinds",
+    "epoch_samples",
+    "composition",
+    "augmentation",
 )
-_ASKED += ("epoch_samples", "composition", "augmentation")
 OBJECTIVES = ("instruct", "pretrain_detector", "pretrain_vlm")
 
 

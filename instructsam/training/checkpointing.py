@@ -41,7 +41,7 @@ from instructsam.training.checkpoint_files import (
     remove,
     write_state,
 )
-from instructsam.training.engines import Engine, OptimizerState
+from instructsam.training.engines import Engine, OptimizerState, stored_buffers
 
 WEIGHTS_FILE, OPTIMIZER_FILE, EMA_FILE, RNG_FILE = (
     "weights.safetensors",
@@ -59,7 +59,7 @@ def load_weights(checkpoint: str | Path, objective: nn.Module) -> None:
     path = Path(checkpoint) / WEIGHTS_FILE
     stored = _read(path)
     parameters = dict(objective.named_parameters())
-    buffers = {name: b for name, b in objective.named_buffers() if name in objective.state_dict()}
+    buffers = stored_buffers(objective)
     here: dict[str, Tensor] = {**parameters, **buffers}
     needed = {name for name in here if name in buffers or parameters[name].requires_grad}
     problems = [f"{name} is missing" for name in sorted(needed - stored.keys())]

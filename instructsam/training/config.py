@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
+from instructsam.data.reader_options import from_settings
 from instructsam.training.health import LEAST_STEPS
 from instructsam.training.precision import AUTOCAST
 
@@ -127,7 +128,4 @@ class TrainerConfig:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TrainerConfig:
         """From a plain mapping; ValueError for a key that does not exist."""
-        unknown = sorted(set(values) - {f.name for f in fields(cls)})
-        if unknown:
-            raise ValueError(f"unknown trainer settings {unknown}")
-        return cls(**values)
+        return from_settings(cls, "trainer", values)

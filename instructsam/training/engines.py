@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from typing import Any, cast
@@ -77,9 +77,8 @@ class Engine:
         """The objective's terms."""
         return self.model(batch, counts)
 
-    def backward(self, loss: Tensor, last: bool) -> None:
+    def backward(self, loss: Tensor) -> None:
         """Add the gradients of `loss`, a sum over this process's share; all shares are added up, not averaged."""
-        del last  # `micro_batch` knows
         # Every engine divides by the number of processes, terms are divided by global counts already.
         self.accelerator.backward(loss * self.accelerator.num_processes)
 
@@ -96,7 +95,7 @@ class Engine:
 
     @property
     def left_out(self) -> bool:
-        """Whether fp16's scaler has left out the last step, as it does with gradients that are not finite."""
+        """Whether the last step was left out, as fp16's scaler and DeepSpeed do with gradients that are not finite."""
         return bool(self.optimizer.step_was_skipped)
 
     def skip(self) -> None:
@@ -112,24 +111,22 @@ class Engine:
 
         Called by all processes; the others get an empty mapping. A tied parameter has its first name only.
         """
-        parameters = dict(self.objective.named_parameters())
-        buffers = self.objective.state_dict().keys() & dict(self.objective.named_buffers()).keys()
-        found: dict[str, Tensor] = {}
-        for name, parameter in parameters.items():
-            if frozen or parameter.requires_grad:
-                tensor = self.whole(parameter)
-                found |= _to_cpu({name: tensor}) if self.accelerator.is_main_process else {}
-        if self.accelerator.is_main_process:
-            found |= _to_cpu({name: b for name, b in self.objective.named_buffers() if name in buffers})
-        return found
+        trained = [name for name, p in self.objective.named_parameters() if frozen or p.requires_grad]
+        return self._gather([*trained, *stored_buffers(self.objective)])
 
     def state_dict(self) -> dict[str, Tensor]:
         """On the main process: the objective's state dict, whole, on the CPU. Called by all; the others get {}."""
+        return self._gather(self.objective.state_dict())
+
+    def _gather(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Parameters and buffers of these names, one after another: whole they are large."""
         parameters = dict(self.objective.named_parameters(remove_duplicate=False))
+        buffers = dict(self.objective.named_buffers(remove_duplicate=False))
         found: dict[str, Tensor] = {}
-        for name, value in self.objective.state_dict().items():
-            tensor = self.whole(parameters[name]) if name in parameters else _whole(value)
-            found |= _to_cpu({name: tensor}) if self.accelerator.is_main_process else {}
+        for name in names:
+            tensor = self.whole(parameters[name]) if name in parameters else buffers[name]
+            if self.accelerator.is_main_process:
+                found |= _to_cpu({name: tensor})
         return found
 
     def whole(self, parameter: nn.Parameter) -> Tensor:
@@ -268,8 +265,7 @@ class ZeroEngine(Engine):
         self.model.set_gradient_accumulation_boundary(last)
         return nullcontext()
 
-    def backward(self, loss: Tensor, last: bool) -> None:
-        del last
+    def backward(self, loss: Tensor) -> None:
         self.model.backward(loss * self.accelerator.num_processes, scale_wrt_gas=False)
 
     def clip(self) -> Tensor | None:
@@ -394,6 +390,12 @@ def start_engine(precision: str, output_dir: str, trackers: list[str] | None = N
             "GPUs; DeepSpeed on a CPU must not meet ACCELERATE_USE_CPU or use_cpu: true"
         )
     return Engine(accelerator, precision)
+
+
+def stored_buffers(module: nn.Module) -> dict[str, Tensor]:
+    """The buffers that a state dict has, by name."""
+    stored = module.state_dict().keys()
+    return {name: buffer for name, buffer in module.named_buffers() if name in stored}
 
 
 def _refuse_other_optimizers(optimizer: torch.optim.Optimizer, engine: str) -> None:

@@ -15,13 +15,14 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from instructsam.data.reader_options import from_settings
 from instructsam.training.layer_decay import depths_below_top
 
 DEFAULT_GROUP = "default"
@@ -115,10 +116,7 @@ class OptimConfig:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> OptimConfig:
         """From a plain mapping; ValueError for a key that does not exist."""
-        unknown = sorted(set(values) - {f.name for f in fields(cls)})
-        if unknown:
-            raise ValueError(f"unknown optimizer settings {unknown}")
-        return cls(**values)
+        return from_settings(cls, "optim", values)
 
 
 def freeze_parameters(module: nn.Module, patterns: Sequence[str]) -> int:

@@ -169,6 +169,8 @@ class Trainer:
         )
         checkpoint = self.find_checkpoint()
         state = self.checkpointer.load_model(checkpoint, self.objective)
+        if self.accelerator.is_main_process:  # now that the checkpoint is accepted
+            forget_best_after(config.output_dir, checkpoint)
         self.engine.prepare(self.objective, optimizer, config.clip_norm, evaluates=bool(config.eval_every))
         self.optimizer = self.engine.optimizer
         self.ema = self.make_averages()
@@ -222,8 +224,6 @@ class Trainer:
         """The newest sound checkpoint of this run, if there is one."""
         self.checkpointer.clean(all_of_them=self.config.resume == "fresh")
         checkpoint = self.checkpointer.find_latest()
-        if self.accelerator.is_main_process:
-            forget_best_after(self.config.output_dir, checkpoint)
         if checkpoint is not None and self.config.resume == "never":
             raise ValueError(
                 f"resume is 'never' but {checkpoint} exists: choose another output_dir, or remove the old run"
@@ -366,7 +366,7 @@ class Trainer:
                         )
                     loss = torch.stack([terms[name] for name in names]).sum()
                 with self.timer.phase("backward"):
-                    self.engine.backward(loss, last)
+                    self.engine.backward(loss)
             sums.append(torch.stack([terms[name].detach() for name in names]).double())
             totals.append(loss.detach())
         return torch.stack(sums).sum(0), torch.stack(totals)
@@ -407,7 +407,7 @@ class Trainer:
             return
         if not self.engine.clips_in_step:
             self.engine.step()
-        if self.ema is not None and (self.engine.clips_in_step or not self.engine.left_out):
+        if self.ema is not None and not self.engine.left_out:
             self.ema.update()
 
     def log(self, seen: Seen, samples: int, norms: Mapping[str, Tensor]) -> None:
@@ -533,7 +533,7 @@ class Trainer:
     def _count_skipped(self, skipped: int, ids_here: list[str]) -> None:
         """Count bad samples of all ranks; called on every rank, so that all stop together where the limit is passed."""
         self.skipped += skipped
-        ids = [name for name in gather_object(ids_here)]
+        ids = gather_object(ids_here)
         self.tracking.record_event({"step": self.progress.finished_steps, "event": BAD_SAMPLES, "sample_ids": ids})
         limit = self.config.max_skipped
         if limit is not None and self.skipped > limit:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from instructsam.losses.criterion import CriterionConfig, SetCriterion
 from instructsam.predictor import Predictor
 from instructsam.structures import Sample, Turn
 from instructsam.training.config import TrainerConfig
+from instructsam.training.leaving import leave
 from instructsam.training.objectives import InstructionObjective
 from instructsam.training.optim import OptimConfig
 from instructsam.training.trainer import Trainer
@@ -46,10 +46,7 @@ def main() -> None:
     trainer.run()
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()
-    # Threads of the process group sometimes abort the interpreter while it shuts down, after all is done.
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)
+    leave()
 
 
 if __name__ == "__main__":

@@ -6,13 +6,13 @@ import argparse
 import json
 import os
 import signal
-import sys
 import zlib
 
 import torch
 from torch import nn
 
 from instructsam.training.config import TrainerConfig
+from instructsam.training.leaving import leave
 from instructsam.training.optim import OptimConfig
 from instructsam.training.trainer import Trainer
 
@@ -170,10 +170,7 @@ def main() -> None:
     print(f"rank {rank} keys {' '.join(trainer.objective.keys)}")
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()
-    # Threads of the process group sometimes abort the interpreter while it shuts down, after all is done.
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)
+    leave()
 
 
 if __name__ == "__main__":

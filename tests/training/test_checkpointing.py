@@ -66,7 +66,7 @@ class Run:
         for _ in range(steps):
             noise = torch.randn(5, 4)
             loss = (model.head(model.embed.weight + noise) * model.backbone.weight.sum()).square().mean()
-            self.engine.backward(loss + model.side.sin().sum(), last=True)
+            self.engine.backward(loss + model.side.sin().sum())
             model.seen += 1
             self.engine.step()
             self.ema.update()
