@@ -19,7 +19,6 @@ import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -138,8 +137,7 @@ def _prepare_one(task: tuple[Source, Mapping[str, Any], Collection[int]]) -> dic
         info.update(held_out=leakage.counts(), seconds=round(time.monotonic() - start, 1))
 
     try:
-        with ExitStack() as stack:
-            stack.enter_context(exclusive(folder.parent / ".locks" / source.name))
+        with exclusive(folder.parent / ".locks" / source.name):
             return write_table(folder, samples(), table_recipe(source, data), info, skips)
     except (ValueError, OSError) as error:
         return error

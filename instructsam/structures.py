@@ -52,6 +52,11 @@ class Turn:
     def __post_init__(self) -> None:
         assert not self.answer or len(self.answer) == len(self.phrases) + 1
 
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """All that is said: instruction, phrases, and the answer's own text."""
+        return (self.instruction, *(phrase.text for phrase in self.phrases), *self.answer)
+
 
 @dataclass(frozen=True)
 class Sample:

@@ -166,8 +166,9 @@ def gallery(
     return grid([_gallery_tile(row, cell, titles) for row in rows], columns)
 
 
-def grid(tiles: Sequence[Image.Image], columns: int, gap: int = 16) -> Image.Image:
-    """Pictures in rows on white, aligned at their lower edges, with a rule between rows; ``gap`` pixels apart."""
+def grid(tiles: Sequence[Image.Image], columns: int) -> Image.Image:
+    """Pictures in rows on white, aligned at their lower edges, with a rule between rows."""
+    gap = 16
     width = max(tile.width for tile in tiles)
     lines = [tiles[i : i + columns] for i in range(0, len(tiles), columns)]
     heights = [max(tile.height for tile in line) for line in lines]

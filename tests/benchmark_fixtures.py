@@ -139,15 +139,19 @@ def refer_set(lists: bool) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     return refs, {"images": images, "annotations": annotations, "categories": [{"id": 1, "name": "shape"}]}
 
 
+def write_refs(folder: Path, file: str, refs: list[Any], instances: dict[str, Any]) -> None:
+    """A referring set: instances.json, and the refs as a pickle or, by the file's name, as JSON."""
+    save_json(folder / "instances.json", instances)
+    if file.endswith(".json"):
+        save_json(folder / file, refs)
+    else:
+        (folder / file).write_bytes(pickle.dumps(refs, protocol=2))  # the protocol of the published files
+
+
 def _write_refer(name: str, folder: str, file: str) -> Callable[[Path], list[str]]:
     def write(root: Path) -> list[str]:
         refs, instances = refer_set(lists=file.endswith(".json"))
-        base = root / folder
-        save_json(base / "instances.json", instances)
-        if file.endswith(".json"):
-            save_json(base / file, refs)
-        else:
-            (base / file).write_bytes(pickle.dumps(refs, protocol=2))  # the protocol of the published files
+        write_refs(root / folder, file, refs, instances)
         _pictures(root / "train2014", "COCO_train2014_")
         return [f"benchmark={name}", f"benchmark.root={root}", f"benchmark.image_root={root / 'train2014'}"]
 

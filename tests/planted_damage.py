@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+from turned_pictures import exif_of
 
 from instructsam.masks import box_to_rle, empty_rle
 
@@ -144,9 +145,7 @@ def other_size(world: World, k: int) -> Path:
 
 
 def turned(world: World, k: int) -> Path:
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    return world.picture(f"turned-{k}.jpg", np.zeros((HEIGHT, WIDTH, 3)), exif=exif)
+    return world.picture(f"turned-{k}.jpg", np.zeros((HEIGHT, WIDTH, 3)), exif=exif_of(6))
 
 
 def annotation(kind: str, change: Callable[[dict[str, Any], World], Any], which: int = 0) -> Damage:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from benchmark_fixtures import refer_set, save_json
+from benchmark_fixtures import refer_set, save_json, write_refs
 
 SCRIPTS = Path(__file__).parents[1] / "scripts" / "prepare"
 NAMES = sorted(path.stem for path in SCRIPTS.glob("*.sh") if path.stem != "common")
@@ -232,14 +232,6 @@ def test_an_empty_folder_lacks_everything(check):
         assert rows[path] == ["–", "there", "missing"], path
 
 
-def write_refer(root: Path, folder: str, file: str, refs: list[dict[str, Any]], instances: dict[str, Any]) -> None:
-    save_json(root / folder / "instances.json", instances)
-    if file.endswith(".p"):
-        (root / folder / file).write_bytes(pickle.dumps(refs, protocol=2))
-    else:
-        save_json(root / folder / file, refs)
-
-
 SETS = {
     "refcoco": ("refcoco", "refs(unc).p", "train val testA testB"),
     "refcoco_plus": ("refcoco+", "refs(unc).p", "train val testA testB"),
@@ -256,7 +248,7 @@ def refer(tree) -> dict[str, list[dict[str, Any]]]:
         refs, instances = refer_set(lists=file.endswith(".json"))
         for number, ref in enumerate(refs):
             ref["split"] = splits.split()[number % len(splits.split())]
-        write_refer(tree / "data/refer", folder, file, refs, instances)
+        write_refs(tree / "data/refer" / folder, file, refs, instances)
         written[name] = refs
     return written
 

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,8 +31,9 @@ import numpy as np
 from PIL import Image, ImageEnhance
 
 from instructsam import masks
+from instructsam.data.checks import is_probability
 from instructsam.data.reader_options import from_settings
-from instructsam.structures import RLE, PhraseTarget, Sample, Turn
+from instructsam.structures import RLE, PhraseTarget, Sample
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ class Augmentation:
 
     def __post_init__(self) -> None:
         for name, value in (("flip", self.flip), ("jitter", self.jitter)):
-            if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value <= 1:
+            if not is_probability(value):
                 raise ValueError(f"augmentation.{name}={value!r}: must be between 0 and 1")
         if self.jitter == 1:
             raise ValueError("augmentation.jitter=1: would turn pictures black, must be below 1")
@@ -92,16 +93,9 @@ class Augmentation:
             change = dataclasses.replace(change, flip=True)
         if self.jitter:
             factors = rng.uniform(1 - self.jitter, 1 + self.jitter, 3).tolist()
-            if not any(names_colour(text) for turn in sample.turns for text in texts_of(turn)):
+            if not any(names_colour(text) for turn in sample.turns for text in turn.texts):
                 change = dataclasses.replace(change, factors=tuple(factors))
         return change
-
-
-def texts_of(turn: Turn) -> Iterator[str]:
-    """All that is said in a turn."""
-    yield turn.instruction
-    yield from (phrase.text for phrase in turn.phrases)
-    yield from turn.answer
 
 
 def may_be_flipped(sample: Sample) -> bool:
@@ -109,7 +103,7 @@ def may_be_flipped(sample: Sample) -> bool:
     for turn in sample.turns:
         if turn.form == "ocr" or not turn.phrases:
             return False
-        if not all(map(sides_are_clear, texts_of(turn))):
+        if not all(map(sides_are_clear, turn.texts)):
             return False
     return True
 

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from instructsam.data.checks import is_whole
+
 Sizes = Callable[[int], NDArray[np.float64]]
 """Epoch -> a size of each of its samples."""
 
@@ -64,7 +66,7 @@ class Budgets:
         if all(budget is None for _, budget, _ in pairs):
             raise ValueError("give tokens_per_batch, phrases_per_batch or both")
         for name, budget, sizes in pairs:
-            if budget is not None and (type(budget) is not int or budget < 1):
+            if budget is not None and not is_whole(budget):
                 raise ValueError(f"{name} must be a whole number of at least 1, or null, got {budget!r}")
             if budget is not None and sizes is None:
                 raise ValueError(f"{name}={budget} needs the sizes of samples, which this data set does not give")

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from reprlib import repr as short
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 from instructsam import masks
 from instructsam.errors import Consequence, DataError, at, kind_of
@@ -150,6 +150,16 @@ def is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
+def is_whole(value: Any, least: int = 1) -> TypeGuard[int]:
+    """A whole number of at least ``least``."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def is_probability(value: Any) -> bool:
+    """A number from 0 to 1."""
+    return is_number(value) and 0 <= value <= 1
+
+
 def is_finite(value: Any) -> bool:
     """A number that is neither NaN nor infinite, and not beyond what a float holds."""
     return is_number(value) and -_LARGEST <= value <= _LARGEST
@@ -157,7 +167,7 @@ def is_finite(value: Any) -> bool:
 
 def is_size(value: Any) -> bool:
     """A positive number of pixels."""
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+    return is_whole(value)
 
 
 def check_size(height: Any, width: Any) -> tuple[int, int]:

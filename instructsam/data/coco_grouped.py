@@ -32,7 +32,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from instructsam import masks
-from instructsam.data.checks import Place, Skips, check_four, check_size, is_id
+from instructsam.data.checks import Place, Skips, check_four, check_size, is_id, is_whole
 from instructsam.data.coco_instances import annotation_name
 from instructsam.data.json_stream import stream_json
 from instructsam.data.release_markup import check_file_name, check_text
@@ -367,7 +367,7 @@ def _ids(entry: dict[str, Any], key: str) -> list[str] | None:
 
 def _whole(entry: dict[str, Any], key: str) -> int:
     value = entry.get(key)
-    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**63:
+    if not is_whole(value, 0) or value >= 2**63:
         raise DataError(f"{key} must be a whole number, got {value!r}", "field")
     return value
 

@@ -33,6 +33,7 @@ from instructsam.data.coco_instances import (
     load_instances,
 )
 from instructsam.data.json_stream import stream_json_lines
+from instructsam.data.release_masks import check_each
 from instructsam.errors import Consequence, DataError
 from instructsam.structures import RLE, PhraseTarget, Sample, Turn
 
@@ -144,7 +145,7 @@ def _check_together(
 ) -> dict[Any, RLE]:
     """Checked masks by annotation id, found at once because that is many times faster than one by one.
 
-    If anything is wrong with one of them the result is empty: the check of the single masks will name it.
+    One that is missing in the result is bad, or no RLE of its image's size: the check of it alone will say why.
     """
     rles = {}
     for image_id, image in images.items():
@@ -153,10 +154,8 @@ def _check_together(
             rle = entry.get("segmentation")
             if isinstance(rle, dict) and rle.get("size") == size:
                 rles[entry["id"]] = rle
-    try:
-        return dict(zip(rles, masks.check_rles(rles.values()), strict=True))
-    except ValueError:
-        return {}
+    found = zip(rles, check_each([*rles.values()]), strict=True)
+    return {identity: rle for identity, rle in found if rle is not None}
 
 
 def _object(entry: dict[str, Any], height: int, width: int, categories: dict[Any, str], checked: RLE | None) -> _Object:

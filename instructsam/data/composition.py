@@ -23,6 +23,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from instructsam import masks
+from instructsam.data.checks import is_probability, is_whole
 from instructsam.data.reader_options import from_settings
 from instructsam.structures import RLE, Sample, Turn
 
@@ -59,15 +60,15 @@ class Composition:
     max_instances: int | None = None
 
     def __post_init__(self) -> None:
-        if not _is_probability(self.joint_probability):
+        if not is_probability(self.joint_probability):
             raise ValueError(f"composition.joint_probability={self.joint_probability!r}: must be between 0 and 1")
         if not isinstance(self.pairs, bool):
             raise ValueError(f"composition.pairs={self.pairs!r}: must be true or false")
-        if self.no_target not in ("keep", "drop") and not _is_probability(self.no_target):
+        if self.no_target not in ("keep", "drop") and not is_probability(self.no_target):
             raise ValueError(f"composition.no_target={self.no_target!r}: must be keep, drop or a probability")
         for name in ("max_phrases", "max_instances"):
             value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+            if value is not None and not is_whole(value):
                 raise ValueError(f"composition.{name}={value!r}: must be a whole number of at least 1, or null")
 
     @classmethod
@@ -142,10 +143,6 @@ def is_no_target(turn: Turn) -> bool:
 
 def _may_be_joined(turn: Turn) -> bool:
     return turn.form in JOINT_FORMS and len(turn.phrases) == 1 and not turn.answer
-
-
-def _is_probability(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1
 
 
 def _of_different_words(turns: Sequence[Turn], places: Sequence[int]) -> list[int]:

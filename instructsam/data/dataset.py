@@ -85,7 +85,6 @@ class InstructionDataset(Dataset):
             augmentation = Augmentation.from_mapping(augmentation or {})
         self.samples = samples if isinstance(samples, Mixture) else Mixture({"samples": samples})
         self.processor = processor
-        self.turns_per_image = turns_per_image
         self.independent_turns = independent_turns
         self.seed = seed
         self.on_bad = on_bad
@@ -128,13 +127,13 @@ class InstructionDataset(Dataset):
     def draw(self, key: tuple[int, int]) -> Sample:
         """The sample with the turns that this epoch asks, as they are asked; flipped if its picture is to be."""
         number = self.draws.at(*key)
-        return self._ask(self._within_limits(self._sample(number), number), key)[0]
+        return self._ask(self._sample(number), number, key)[0]
 
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
         number = self.draws.at(*key)
         sample = self._sample(number)
         try:
-            asked, change = self._ask(self._within_limits(sample, number), key)
+            asked, change = self._ask(sample, number, key)
             return self._encode(asked, _changed_picture(asked, change) if change else None)
         except DataError as error:
             if self.on_bad == "raise":
@@ -150,11 +149,11 @@ class InstructionDataset(Dataset):
             return sample
         return dataclasses.replace(sample, turns=self.limits.usable(sample))
 
-    def _ask(self, sample: Sample, key: tuple[int, int]) -> tuple[Sample, PictureChange]:
-        """What is asked of a usable sample, and what has to be done to its picture for that."""
-        rng = self.generator(key)
+    def _ask(self, sample: Sample, number: int, key: tuple[int, int]) -> tuple[Sample, PictureChange]:
+        """What is asked of the usable sample ``number``, and what has to be done to its picture for that."""
+        sample, rng = self._within_limits(sample, number), self.generator(key)
         groups = self.asking.groups(sample, rng)
-        if self._limited[self.draws.at(*key)]:
+        if self._limited[number]:
             groups = self.limits.fit(sample, groups)
         assert groups, f"sample {sample.id} has nothing to ask"
         return self.asking.ask(sample, groups, rng)

@@ -55,6 +55,19 @@ def stream_json(
         raise ValueError(f"{path}: cannot be read ({error.strerror})") from error
 
 
+def stream_records(path: Path | str, encoding: str = "utf-8") -> Iterator[tuple[int, Any]]:
+    """The items of a JSON file that is one list, as (index, item).
+
+    Raises:
+        DataError: of kind "field" for an object in place of the list; else as `stream_json`.
+        ValueError: as there.
+    """
+    for key, index, record in stream_json(path, encoding):
+        if key or index < 0:
+            raise DataError(f"{path}: expected a list of records, got an object with the key {key!r}", "field")
+        yield index, record
+
+
 def stream_json_lines(path: Path | str, max_line: int = 2**28) -> Iterator[tuple[int, bytes]]:
     """The lines of a JSON-lines file that are not blank, as (number from 1, bytes without blanks around them).
 

@@ -18,7 +18,7 @@ from typing import Any
 from instructsam.data.checks import Place, Skips, check_size, is_id
 from instructsam.data.coco_instances import annotation_name
 from instructsam.data.eval_split import name_of
-from instructsam.data.json_stream import stream_json
+from instructsam.data.json_stream import stream_json, stream_records
 from instructsam.data.release_markup import check_file_name, check_text
 from instructsam.data.release_masks import mask_of, refuse_empty
 from instructsam.errors import DataError, at
@@ -66,10 +66,10 @@ def read_lisa_plus(
             JSON to its end is an error with "skip" too.
     """
     file, skips = Path(file), skips or Skips()
-    wanted = {one for _, record in _records(file, encoding) for one in _ids_in(record)}
+    wanted = {one for _, record in stream_records(file, encoding) for one in _ids_in(record)}
     coco = _read_instances(Path(instances), wanted, skips)
     count = crowds = 0
-    for index, record in _records(file, encoding):
+    for index, record in stream_records(file, encoding):
         turn = None
         with skips.entry("records", Place(file, f"[{index}]")):
             question, found = _asked(record, coco)
@@ -93,13 +93,6 @@ def read_lisa_plus(
         logger.warning("%s: left out %d %s", file, crowds, CROWDS)
     if not count:
         raise ValueError(f"{file}: no usable record")
-
-
-def _records(file: Path, encoding: str) -> Iterator[tuple[int, Any]]:
-    for key, index, record in stream_json(file, encoding):
-        if key or index < 0:
-            raise DataError(f"{file}: expected a list of records, got an object with the key {key!r}", "field")
-        yield index, record
 
 
 def _ids_in(record: Any) -> list[Any]:

@@ -14,7 +14,7 @@ from itertools import islice
 from types import TracebackType
 from typing import Any, NamedTuple
 
-from instructsam.data.checks import Place, Problem
+from instructsam.data.checks import Place, Problem, is_whole
 from instructsam.errors import kind_of
 from instructsam.processing.images import MAX_ASPECT_RATIO, load_image
 
@@ -60,7 +60,7 @@ def available_cores() -> int:
 def number_of_workers(given: Any, least: int) -> int:
     """The setting ``workers``: a number, or None for one a core. Raises ValueError for anything else."""
     workers = available_cores() if given is None else given
-    if not isinstance(workers, int) or isinstance(workers, bool) or workers < least:
+    if not is_whole(workers, least):
         raise ValueError(f"workers={given}: must be a whole number of at least {least}, or null for one a core")
     return workers
 

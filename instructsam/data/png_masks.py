@@ -27,13 +27,12 @@ from PIL import Image, ImageOps
 from instructsam import masks
 from instructsam.data.checks import Place, Skips, check_four, check_size, is_text
 from instructsam.data.eval_split import as_phrase
-from instructsam.data.json_stream import stream_json
+from instructsam.data.json_stream import stream_records
 from instructsam.errors import DataError
+from instructsam.processing.images import READ_ERRORS
 from instructsam.structures import RLE, PhraseTarget, Sample, Turn
 
 BOX_FORMS = ("xywh", "xyxy")
-_READ_ERRORS = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
-"""What Pillow's decoders are known to raise for broken files."""
 
 
 def read_png_masks(
@@ -101,9 +100,7 @@ class _Read(NamedTuple):
 
 
 def _records(path: Path, read: Callable[[int, Any], _Read], skips: Skips) -> Iterator[_Read]:
-    for key, index, record in stream_json(path):
-        if key:
-            raise DataError(f"{path}: expected a list of records, got an object", "field")
+    for index, record in stream_records(path):
         found = None
         with skips.entry("records", Place(path, f"[{index}]")):
             found = read(index, record)
@@ -146,7 +143,7 @@ def read_mask(path: Path) -> NDArray[np.bool_]:
                 return values[..., :3].any(axis=-1) & (values[..., 3] > 0)
             values = np.asarray(picture) != 0  # of a palette the indices, whatever colours they stand for
             return values.any(axis=-1) if values.ndim == 3 else values
-    except _READ_ERRORS as error:
+    except READ_ERRORS as error:
         raise DataError(
             f"{path}: cannot be read as a picture, broken or truncated? ({error})", "image broken"
         ) from None

@@ -27,7 +27,7 @@ from typing import Any
 
 from instructsam.data.checks import Place, Skips
 from instructsam.data.eval_split import as_phrase, name_of, picture_size
-from instructsam.data.json_stream import stream_json
+from instructsam.data.json_stream import stream_records
 from instructsam.data.release_markup import PHRASE_MARKS, check_file_name, check_text, read_conversation
 from instructsam.data.release_masks import box_of, check_each, instances_of, mask_of, parse_text, refuse_empty
 from instructsam.errors import DataError
@@ -136,9 +136,7 @@ class _Reader:
     def plan_all(self, files: Mapping[str, Path], encoding: str) -> Iterator[_Record]:
         """The records of all files, by their names in ids."""
         for name, path in files.items():
-            for key, index, record in stream_json(path, encoding):
-                if key or index < 0:
-                    raise DataError(f"{path}: expected a list of records, got an object with the key {key!r}", "field")
+            for index, record in stream_records(path, encoding):
                 yield self.plan(record, Place(path, f"[{index}]"), f"{name}/{index}")
 
     def plan(self, record: Any, place: Place, identity: str) -> _Record:
@@ -189,8 +187,7 @@ class _Reader:
     # ---- annotations --------------------------------------------------------------------------------------------
 
     def _annotations(self, value: Any, identity: str) -> Iterator[_Unit]:
-        if isinstance(value, str):
-            value = parse_text(value, "annotation")
+        value = parse_text(value, "annotation")
         if not isinstance(value, list):
             raise DataError(f"annotation must be a list, or JSON of one, got {type(value).__name__}", "field")
         if not value:

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from instructsam.data.checks import is_number, is_whole
 from instructsam.data.draws import Draws, draws_per_epoch
 from instructsam.structures import Sample, Turn
 
@@ -90,8 +91,7 @@ def measure(sample: Sample) -> tuple[int, ...]:
 
 def text_bytes(turn: Turn) -> int:
     """Bytes (UTF-8) of a turn's instruction, phrases and answer."""
-    texts = (turn.instruction, *turn.answer, *(phrase.text for phrase in turn.phrases))
-    return sum(len(text.encode("utf-8", "surrogatepass")) for text in texts)
+    return sum(len(text.encode("utf-8", "surrogatepass")) for text in turn.texts)
 
 
 class Samples(Protocol):
@@ -149,7 +149,7 @@ class Mixture:
             if unknown := set(given) - set(parts):
                 raise ValueError(f"{what} of unknown sources: {', '.join(sorted(unknown))}")
             for name, number in given.items():
-                if not isinstance(number, int | float) or isinstance(number, bool) or not 0 < number < math.inf:
+                if not is_number(number) or not 0 < number < math.inf:
                     raise ValueError(f"source {name}: {what} must be a number above 0, got {number!r}")
         if empty := [name for name, part in parts.items() if not len(part)]:
             raise ValueError(f"source {empty[0]} has no samples")
@@ -157,7 +157,7 @@ class Mixture:
             raise ValueError(f"all sources need a weight, or none; without: {', '.join(without)}")
         if bool(weights) != (epoch_samples is not None):
             raise ValueError(f"data.epoch_samples={epoch_samples}: goes with the weights of sources, and they with it")
-        if epoch_samples is not None and (type(epoch_samples) is not int or epoch_samples < 1):
+        if epoch_samples is not None and not is_whole(epoch_samples):
             raise ValueError(f"data.epoch_samples={epoch_samples}: must be a whole number of at least 1")
         self.names, self.parts = tuple(parts), tuple(parts.values())
         self.repeats = {name: repeats.get(name, 1) for name in parts}

@@ -31,7 +31,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from instructsam.data.checks import Skips
+from instructsam.data.checks import Skips, is_whole
 from instructsam.data.coco_categories import read_coco_categories
 from instructsam.data.coco_instructions import stream_coco_instructions
 from instructsam.data.coco_parts import read_coco_parts
@@ -253,7 +253,7 @@ def _read_all(source: Source, skips: Skips, held_out: Collection[int], limit: in
 def limit_of(data: Mapping[str, Any]) -> int | None:
     """``data.limit``. Raises ValueError where it is below 1."""
     limit = data.get("limit")
-    if limit is not None and (not isinstance(limit, int) or isinstance(limit, bool) or limit < 1):
+    if limit is not None and not is_whole(limit):
         raise ValueError(f"data.limit={limit}: must be at least 1, or null for all")
     return limit
 

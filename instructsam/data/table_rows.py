@@ -99,7 +99,7 @@ def _check_text(sample: Sample, objects: str) -> None:
     """JSON may hold halves of surrogate pairs, which no UTF-8 can, and no tokenizer either."""
     texts = [sample.id, str(sample.image), objects]
     for turn in sample.turns:
-        texts += [turn.instruction, turn.form, turn.kind, turn.id, *turn.answer, *(p.text for p in turn.phrases)]
+        texts += [*turn.texts, turn.form, turn.kind, turn.id]
     try:
         "".join(texts).encode()
     except UnicodeEncodeError as error:

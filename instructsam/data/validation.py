@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection, Iterator
 from itertools import islice
 from pathlib import Path
 
-from instructsam.data.checks import Place, Problem, Skips, is_text
+from instructsam.data.checks import Place, Problem, Skips
 from instructsam.data.leakage import Leakage, coco_id
 from instructsam.data.picture_checks import Picture, PictureChecks
 from instructsam.data.sources import Source, read_source
@@ -126,11 +126,10 @@ def check_sample(sample: Sample, num_queries: int | None = 10) -> Iterator[Probl
 
 
 def _text_fault(turn: Turn) -> str:
-    phrases = [phrase.text for phrase in turn.phrases]
-    for what, text in (("instruction", turn.instruction), *(("phrase", text) for text in phrases)):
-        if not is_text(text):
+    for what, text in (("instruction", turn.instruction), *(("phrase", phrase.text) for phrase in turn.phrases)):
+        if not text.strip():
             return f"the {what} is empty"
-    for text in (turn.instruction, *phrases, *turn.answer):
+    for text in turn.texts:
         try:
             text.encode()
         except UnicodeEncodeError:

@@ -58,25 +58,26 @@ def count_chart(table: NDArray[np.int64]) -> Node:
     for number, name in enumerate(name for name, _ in names):
         for series, (counts, what) in enumerate(((true, "true"), (kept, "kept"))):
             count = int(counts[number])
-            x, top = _x((number + 0.12 + 0.38 * series) * slot), _y(count / highest)
-            label = node("title", f"{name} {what} instances: {count} instructions")
-            size = {"x": x, "y": top, "width": 0.38 * slot * INNER_WIDTH, "height": _y(0) - top}
-            picture.append(node("rect", label, class_=f"bar series-{series}", **size))
+            label, start = f"{name} {what} instances: {count} instructions", (number + 0.12 + 0.38 * series) * slot
+            picture.append(_bar(label, start, 0.38 * slot, count / highest, series))
     return picture
 
 
 def share_chart(title: str, x_name: str, y_name: str, names: Sequence[str], shares: Sequence[float]) -> Node:
-    """One bar a name, with its share (0…1) of the whole above it; the axis ends at the largest."""
+    """One bar a name, as high as its share (0…1) of the whole; the axis ends at the largest."""
     highest = max([*shares, 1e-9])
     slot = 1 / len(names)
     steps = [(f"{highest * part:.0%}" if highest >= 0.1 else f"{highest * part:.1%}", part) for part in (0, 0.5, 1)]
     picture = _frame(title, x_name, y_name, [(name, (k + 0.5) * slot) for k, name in enumerate(names)], steps)
     for number, (name, share) in enumerate(zip(names, shares, strict=True)):
-        top = _y(share / highest)
-        label = node("title", f"{name}: {share:.2%}")
-        size = {"x": _x((number + 0.1) * slot), "y": top, "width": 0.8 * slot * INNER_WIDTH, "height": _y(0) - top}
-        picture.append(node("rect", label, class_="bar series-0", **size))
+        picture.append(_bar(f"{name}: {share:.2%}", (number + 0.1) * slot, 0.8 * slot, share / highest))
     return picture
+
+
+def _bar(label: str, start: float, width: float, height: float, series: int = 0) -> Node:
+    """A bar that stands on the axis; places and sizes in 0…1."""
+    size = {"x": _x(start), "y": _y(height), "width": width * INNER_WIDTH, "height": _y(0) - _y(height)}
+    return node("rect", node("title", label), class_=f"bar series-{series}", **size)
 
 
 def _frame(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import math
 import os
 from collections import Counter
@@ -12,7 +11,7 @@ from typing import Any
 from PIL import Image
 
 from instructsam.evaluation.gallery import SECTIONS, sort_out
-from instructsam.evaluation.markup import Node, node, size_of
+from instructsam.evaluation.markup import Node, node, picture, size_of
 from instructsam.evaluation.measure import COUNT_GROUPS, Measured
 from instructsam.visualization import GalleryRow, jpeg_bytes, overlay_pair
 
@@ -125,9 +124,8 @@ def _searched(record: Record, one: Measured) -> dict[str, str]:
 def _card(record: Record, one: Measured, pair: tuple[bytes, bytes], is_found: bool) -> Node:
     sides = []
     for name, side, count in zip(("truth", "prediction"), pair, (one.num_truths, one.num_kept), strict=True):
-        source = "data:image/jpeg;base64," + base64.b64encode(side).decode()
         label = f"{name}: {_instances(count)}"
-        sides.append(node("figure", node("img", src=source, alt=label), node("figcaption", label)))
+        sides.append(node("figure", picture(side, label), node("figcaption", label)))
     facts = {"IoU": f"{one.iou:.3f}", "scores": _scores(one)}
     facts |= {"duplicates": str(one.num_duplicates)} if one.num_duplicates else {}
     facts |= {"kind": one.kind} if one.kind else {}

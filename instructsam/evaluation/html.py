@@ -7,8 +7,6 @@ that is not part of the page.
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -19,10 +17,10 @@ from typing import Any
 from instructsam.evaluation import examples, tables
 from instructsam.evaluation.charts import calibration_chart, count_chart, precision_recall_chart
 from instructsam.evaluation.curves import CONVENTIONS, calibration, count_table, precision_recall
-from instructsam.evaluation.markup import Node, document, node
+from instructsam.evaluation.markup import Node, document, node, table
 from instructsam.evaluation.measure import Measurements, measure
 from instructsam.evaluation.report import about_run, all_conventions, compare_reliance
-from instructsam.evaluation.tables import Figures, Rows
+from instructsam.evaluation.tables import Figures
 
 DEFAULT_HEADLINE = ("mAP", "AP50", "giou", "ciou", "n_acc")
 CURVE_FIGURES = ("AP50", "AP75", "mAP")  # of the curves, in their order
@@ -68,35 +66,20 @@ def write_html(
     body = node(
         "main",
         node("header", node("h1", title), _pairs(about) if about else None, _headline(metrics, published)),
-        node("section", node("h2", "Figures"), _table(tables.beside(metrics, baseline, published))),
+        node("section", node("h2", "Figures"), table(tables.beside(metrics, baseline, published))),
         _curves(metrics, measured),
         _breakdowns(metrics, baseline),
         _reliance(compared),
         examples.section(records, measured, per_gallery, threshold),
         _conventions(metrics, settings),
     )
-    target = Path(path)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    temporary.write_bytes(document(_page(title, body)))
-    os.replace(temporary, target)
-    return target
-
-
-def _page(title: str, body: Node) -> Node:
     folder = resources.files("instructsam.evaluation")
     style, script = ((folder / name).read_text(encoding="utf-8") for name in ("report.css", "report.js"))
-    digest = base64.b64encode(hashlib.sha256(script.encode("utf-8")).digest()).decode()
-    policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
-    head = node(
-        "head",
-        node("meta", charset="utf-8"),
-        node("meta", http_equiv="Content-Security-Policy", content=policy),
-        node("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        node("meta", name="color-scheme", content="light dark"),
-        node("title", title),
-        node("style", style),
-    )
-    return node("html", head, node("body", body, node("script", script)), lang="en")
+    target = Path(path)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    temporary.write_bytes(document(title, body, style, script))
+    os.replace(temporary, target)
+    return target
 
 
 # ---- parts ------------------------------------------------------------------------------------------------------
@@ -137,11 +120,11 @@ def _curves(metrics: Figures, measured: Measurements) -> Node:
         found.append(_chart("Calibration of scores", calibration_chart(bins), names[:1], names[1]))
     elif outside:
         found.append(node("p", "No calibration: there are scores outside 0…1.", class_="faint"))
-    table = count_table(measured)
+    counts = count_table(measured)
     exact = float((measured.num_kept_R == measured.num_truths_R).mean())
     fewer = float((measured.num_kept_R < measured.num_truths_R).mean())
     note = f"right number {exact:.1%}, too few {fewer:.1%}, too many {1 - exact - fewer:.1%}"
-    found.append(_chart("Number of instances", count_chart(table), ["true", "kept"], note))
+    found.append(_chart("Number of instances", count_chart(counts), ["true", "kept"], note))
     return node("section", node("h2", "Curves"), found)
 
 
@@ -157,7 +140,7 @@ def _breakdowns(metrics: Figures, baseline: Figures | None) -> Node | None:
         if metrics.get(key):
             others = baseline.get(key, {}) if baseline else None
             rows = tables.breakdown(name, metrics[key], others, tables.breakdown_columns(metrics))
-            parts += [node("h3", heading), _table(rows)]
+            parts += [node("h3", heading), table(rows)]
     return node("section", node("h2", "Breakdowns"), parts) if parts else None
 
 
@@ -174,7 +157,7 @@ def _reliance(compared: Mapping[str, Any]) -> Node | None:
         )
     )
     for figure in tables.RELIANCE_FIGURES:
-        parts += [node("h3", figure), _table(tables.reliance_rows(compared, figure))]
+        parts += [node("h3", figure), table(tables.reliance_rows(compared, figure))]
     return node("section", parts)
 
 
@@ -192,9 +175,3 @@ def _pairs(values: Mapping[str, Any]) -> Node:
     for name, value in values.items():
         rows += [node("dt", str(name)), node("dd", "none" if value is None else str(value))]
     return node("dl", rows)
-
-
-def _table(rows: Rows) -> Node:
-    head = node("thead", node("tr", [node("th", cell, scope="col") for cell in rows[0]]))
-    lines = [node("tr", node("th", row[0], scope="row"), [node("td", cell) for cell in row[1:]]) for row in rows[1:]]
-    return node("div", node("table", head, node("tbody", lines)), class_="wide")

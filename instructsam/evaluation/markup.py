@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import base64
+import hashlib
+from collections.abc import Iterable, Sequence
 from typing import TypeAlias
 from xml.etree import ElementTree
 
@@ -46,9 +48,38 @@ def size_of(element: Node) -> int:
     return len(_written(element))
 
 
-def document(root: Node) -> bytes:
-    """A whole page in UTF-8; half characters (lone surrogates) become question marks."""
-    return b"<!DOCTYPE html>\n" + _written(root) + b"\n"
+def table(rows: Sequence[Sequence[str]]) -> Node:
+    """Rows of text, of which the first is the header; so is the first cell of each."""
+    head = node("thead", node("tr", [node("th", cell, scope="col") for cell in rows[0]]))
+    lines = [node("tr", node("th", row[0], scope="row"), [node("td", cell) for cell in row[1:]]) for row in rows[1:]]
+    return node("div", node("table", head, node("tbody", lines)), class_="wide")
+
+
+def picture(jpeg: bytes, label: str) -> Node:
+    """A JPEG file inside the page, and what is said where it cannot be seen."""
+    return node("img", src="data:image/jpeg;base64," + base64.b64encode(jpeg).decode(), alt=label)
+
+
+def document(title: str, body: Node, style: str, script: str | None = None) -> bytes:
+    """A whole page in UTF-8; half characters (lone surrogates) become question marks.
+
+    Its content security policy keeps a browser from fetching anything, and from running anything but the script.
+    """
+    policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+    if script is not None:
+        digest = base64.b64encode(hashlib.sha256(script.encode("utf-8")).digest()).decode()
+        policy += f"; script-src 'sha256-{digest}'"
+    head = node(
+        "head",
+        node("meta", charset="utf-8"),
+        node("meta", http_equiv="Content-Security-Policy", content=policy),
+        node("meta", name="viewport", content="width=device-width, initial-scale=1"),
+        node("meta", name="color-scheme", content="light dark"),
+        node("title", title),
+        node("style", style),
+    )
+    code = None if script is None else node("script", script)
+    return b"<!DOCTYPE html>\n" + _written(node("html", head, node("body", body, code), lang="en")) + b"\n"
 
 
 def _written(element: Node) -> bytes:

@@ -130,7 +130,7 @@ class Drawn:
     total: int
     shown: list[Sample]
     facts: list[Facts]
-    left_out: Counter[str]
+    left_out: Counter[str] = field(default_factory=Counter)
     aside: Counter[str] = field(default_factory=Counter)
     epoch: int = 0
 
@@ -227,7 +227,7 @@ def _from_table(
             shown[row] = sample
     measured = np.sort(rng.choice(total, min(places.limit, total), replace=False)).tolist()
     facts = [places.facts(sample) for sample in progress(table[row] for row in measured)]
-    return Drawn(source, total, [shown[row] for row in sorted(shown)], facts, Counter())
+    return Drawn(source, total, [shown[row] for row in sorted(shown)], facts)
 
 
 def _from_stream(source: Source, places: _Places, samples: Iterable[Sample]) -> Drawn:
@@ -239,7 +239,7 @@ def _from_stream(source: Source, places: _Places, samples: Iterable[Sample]) -> 
             shown.put(sample)
         if facts.wants_next():
             facts.put(places.facts(sample))
-    return Drawn(source, total, shown.kept(), facts.kept(), Counter())
+    return Drawn(source, total, shown.kept(), facts.kept())
 
 
 class Reservoir(Generic[T]):

@@ -25,7 +25,6 @@ from instructsam.processing.processor import InstructSAMProcessor
 from instructsam.structures import PhraseTarget, Sample, Turn
 
 CATEGORY = "category"
-PLAIN_KINDS = ("category", "attribute", "phrases", "no_target")
 
 
 def attribute_values(samples: Iterable[Sample]) -> dict[str, list[str]]:
@@ -81,8 +80,8 @@ class GroundedDataset(InstructionDataset):
         phrase = PhraseTarget(self.generic_phrase or "", rles)
         return Turn(instruction=phrase.text, phrases=(phrase,))
 
-    def _ask(self, sample: Sample, key: tuple[int, int]) -> tuple[Sample, PictureChange]:
-        asked, change = super()._ask(sample, key)
+    def _ask(self, sample: Sample, number: int, key: tuple[int, int]) -> tuple[Sample, PictureChange]:
+        asked, change = super()._ask(sample, number, key)
         rng = np.random.default_rng((self.seed, 1, *key))
         extra = tuple(self._subset(asked, rng) for _ in range(self.num_generic))
         return dataclasses.replace(asked, turns=asked.turns + extra), change

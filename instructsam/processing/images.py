@@ -28,8 +28,8 @@ ImageSource: TypeAlias = "str | os.PathLike[str] | Image.Image"
 
 MAX_ASPECT_RATIO = 200  # Qwen-VL's processors refuse thinner pictures
 
-# What Pillow's decoders are known to raise for broken files.
-_READ_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
+READ_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
+"""What Pillow's decoders are known to raise for broken files."""
 
 
 def load_image(source: ImageSource) -> Image.Image:
@@ -57,7 +57,7 @@ def load_image(source: ImageSource) -> Image.Image:
     except Image.UnidentifiedImageError:
         message = f"{name}: not an image, broken at its start, or of a format Pillow does not know"
         raise DataError(message, "image broken") from None
-    except _READ_ERRORS as error:
+    except READ_ERRORS as error:
         message = f"{name}: cannot be read as a picture, broken or truncated? ({error})"
         raise DataError(message, "image broken") from error
 

@@ -39,8 +39,8 @@ BENCHMARKS = {
     "release": ("grefcoco_release", "reasonseg_release", "roborefit", "inst2seg"),
 }
 GROUPS = ("coco", "refer", "lvis", "objects365", "parts", "reasonseg", "lisa", "roborefit", "gseval", "release")
+NAMES = (*GROUPS, "leakage")
 PICTURES = {"data/coco/train2014": 82783, "data/coco/train2017": 118287}
-REASONSEG_TRAIN = 239  # DESIGN section 9; the other splits stand in configs/benchmark
 FIRST_RECORDS = 20
 OK, WRONG, MISSING = "ok", "WRONG", "missing"
 
@@ -109,7 +109,7 @@ def training_rows(group: str) -> Iterator[Row]:
             if source.reader == "referring":
                 yield _referring(source.name, source.options, "train", None)
             elif source.reader == "reasonseg":
-                yield _reasonseg(source.name, source.options, "train", REASONSEG_TRAIN)
+                yield _reasonseg(source.name, source.options, "train", source.expected)
 
 
 def _file_rows(source: Source, need: str) -> Iterator[Row]:
@@ -198,8 +198,7 @@ def leakage_rows() -> Iterator[Row]:
             if file in seen:
                 continue
             seen.add(file)
-            row = checked(f"{file}: pictures held out", file, functools.partial(_num_held_out, file, every), None)
-            yield row
+            yield checked(f"{file}: pictures held out", file, functools.partial(_num_held_out, file, every), None)
         held_out = frozenset(every)
         for source in sources:
             if not source.held_out:
@@ -261,10 +260,10 @@ def _num_pictures(folder: str) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Check what data there is; see the head of this file.")
-    parser.add_argument("groups", nargs="*", metavar="NAME", help=f"{', '.join((*GROUPS, 'leakage'))}; default: all")
-    groups = parser.parse_args().groups or [*GROUPS, "leakage"]
-    if unknown := sorted(set(groups) - {*GROUPS, "leakage"}):
-        parser.error(f"nothing is called {', '.join(unknown)}; there are {', '.join((*GROUPS, 'leakage'))}")
+    parser.add_argument("groups", nargs="*", metavar="NAME", help=f"{', '.join(NAMES)}; default: all")
+    groups = parser.parse_args().groups or NAMES
+    if unknown := sorted(set(groups).difference(NAMES)):
+        parser.error(f"nothing is called {', '.join(unknown)}; there are {', '.join(NAMES)}")
     states: Counter[str] = Counter()
     for group in groups:
         rows = [Row(group, "found", "expected", ""), *dict.fromkeys(rows_of(group))]

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from random_damage import json_values
+from turned_pictures import save_turned
 
 from instructsam import masks
 from instructsam.data.checks import Skips
@@ -127,10 +128,8 @@ def test_bad_records(folder, change, kind, words):
 
 @pytest.mark.parametrize("mode", ["1", "L", "P", "RGBA"])
 def test_a_mask_with_an_orientation_is_turned_as_pictures_are(folder, mode):
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    stored = Image.fromarray((TARGET * 255).astype(np.uint8)).transpose(Image.Transpose.ROTATE_90)
-    stored.convert("RGB").convert(mode).save(folder / "mask" / "1.png", exif=exif)
+    upright = Image.fromarray((TARGET * 255).astype(np.uint8)).convert("RGB")
+    save_turned(upright, folder / "mask" / "1.png", 6, mode)
     (sample,) = read(folder, records()[:1])
     np.testing.assert_array_equal(masks.decode(sample.turns[0].phrases[0].rles[0]), TARGET)
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 from transformers import AutoTokenizer
+from turned_pictures import STORED, save_turned
 
 from instructsam.data.coco_categories import read_coco_categories
 from instructsam.data.coco_instructions import read_coco_instructions
@@ -29,17 +30,6 @@ HEIGHT, WIDTH = 72, 96
 TARGET = np.zeros((HEIGHT, WIDTH), dtype=bool)
 TARGET[6:30, 48:84] = True  # in no turned or mirrored picture at the same place
 BOX = [48, 6, 36, 24]
-ORIENTATION = 0x0112
-STORED = {  # EXIF orientation -> what a camera held that way has stored
-    1: None,
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_90,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_270,
-}
 SIDE = 96
 
 
@@ -56,14 +46,7 @@ def upright() -> Image.Image:
 
 def save(path: Path, mode: str = "RGB", orientation: int = 1) -> None:
     """The picture as a camera or a data set stores it."""
-    picture = upright() if STORED[orientation] is None else upright().transpose(STORED[orientation])
-    if mode == "I;16":
-        picture = Image.fromarray(np.asarray(picture.convert("L")).astype(np.uint16) * 257)
-    else:
-        picture = picture.convert(mode)
-    exif = Image.Exif()
-    exif[ORIENTATION] = orientation
-    picture.save(path, exif=exif)
+    save_turned(upright(), path, orientation, mode)
 
 
 def read_masks(folder: Path, image: str, height: int = HEIGHT, width: int = WIDTH) -> Sample:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import json
-import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ from benchmark_fixtures import (
     save_json,
     scenes,
     write_benchmark,
+    write_refs,
 )
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -82,11 +82,8 @@ def referring(lists: bool) -> Format:
         return {"refs": refs, "images": instances["images"], "annotations": instances["annotations"]}
 
     def write(root: Path, content: Content) -> None:
-        save_json(root / folder / "instances.json", {key: content[key] for key in ("images", "annotations")})
-        if lists:
-            save_json(root / folder / file, content["refs"])
-        else:
-            (root / folder / file).write_bytes(pickle.dumps(content["refs"], protocol=2))
+        instances = {key: content[key] for key in ("images", "annotations")}
+        write_refs(root / folder, file, content["refs"], instances)
 
     def read(root: Path, skips: Skips) -> list[Sample]:
         return read_referring(root, "val", folder, folder, file, root / "train2014", skips).samples

@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from random_damage import damaged_bytes, damaged_record
+from turned_pictures import exif_of
 
 from instructsam import masks
 from instructsam.data.checks import Place, Skips
@@ -186,9 +187,7 @@ def test_points_are_left_out_counted_and_logged(read, caplog):
 def test_size_from_rles_else_from_the_picture(read, tmp_path):
     boxed = record(annotation(ann=[[1, 1, 3, 3]], ann_type="bbox"), height=None, width=None)
     (tmp_path / "images" / "a").mkdir(parents=True)
-    turned = Image.Exif()
-    turned[0x0112] = 6
-    Image.new("RGB", (HEIGHT, WIDTH)).save(tmp_path / "images" / "a" / "b.jpg", exif=turned)
+    Image.new("RGB", (HEIGHT, WIDTH)).save(tmp_path / "images" / "a" / "b.jpg", exif=exif_of(6))
     without = {key: value for key, value in record(annotation()).items() if key not in ("height", "width")}
     for sample in read(without, boxed, grounded("<p>a</p>", [[SQUARE]], height=None, width=None)):
         assert (sample.height, sample.width) == (HEIGHT, WIDTH)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from turned_pictures import exif_of
 
 from instructsam.data import picture_checks
 from instructsam.data.checks import Place, Problem, Skips
@@ -40,10 +41,8 @@ def check(path: Path, height: int = 20, width: int = 30) -> Problem | None:
 
 
 def test_a_sound_picture_has_no_problem(tmp_path):
-    exif = Image.Exif()
-    exif[0x0112] = 6
     assert check(picture(tmp_path)) is None
-    assert check(picture(tmp_path, "turned.jpg", exif=exif), 30, 20) is None  # upright
+    assert check(picture(tmp_path, "turned.jpg", exif=exif_of(6)), 30, 20) is None  # upright
 
 
 @pytest.mark.parametrize("share", [0, 0.1, 0.5, 0.9])
@@ -57,11 +56,9 @@ def test_pictures_that_end_early_are_broken(tmp_path, name, share):
 
 
 def test_other_faults_of_pictures_have_their_kind(tmp_path):
-    exif = Image.Exif()
-    exif[0x0112] = 6
     faults = {
         "image missing": [tmp_path / "none.png", tmp_path],
-        "image size": [picture(tmp_path, "tall.png", 30, 20), picture(tmp_path, "turned.jpg", exif=exif)],
+        "image size": [picture(tmp_path, "tall.png", 30, 20), picture(tmp_path, "turned.jpg", exif=exif_of(6))],
     }
     for kind, paths in faults.items():
         for path in paths:

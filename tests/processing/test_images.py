@@ -12,11 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
+from turned_pictures import STORED, save_turned
 
 from instructsam.errors import DataError
 from instructsam.processing.images import DetectorImageTransform, VLMImageTransform, load_image
 
-ORIENTATION = 0x0112
 GREY_LEVELS = 127.5  # one unit of the normalised range
 
 
@@ -71,24 +71,11 @@ class TestLoadImage:
         for source in (rgba, tmp_path / "palette.png"):
             assert np.asarray(load_image(source)).tolist() == [[[255, 0, 0], [255, 255, 255]]]
 
-    @pytest.mark.parametrize("orientation", range(1, 9))
+    @pytest.mark.parametrize("orientation", STORED)
     def test_exif_orientation_is_applied_once(self, tmp_path: Path, orientation: int):
         upright = noise_picture(8, 12)
-        undo = {  # what a camera held that way has stored
-            1: None,
-            2: Image.Transpose.FLIP_LEFT_RIGHT,
-            3: Image.Transpose.ROTATE_180,
-            4: Image.Transpose.FLIP_TOP_BOTTOM,
-            5: Image.Transpose.TRANSPOSE,
-            6: Image.Transpose.ROTATE_90,
-            7: Image.Transpose.TRANSVERSE,
-            8: Image.Transpose.ROTATE_270,
-        }[orientation]
-        stored = upright if undo is None else upright.transpose(undo)
-        exif = Image.Exif()
-        exif[ORIENTATION] = orientation
         path = tmp_path / "photo.png"
-        stored.save(path, exif=exif)
+        save_turned(upright, path, orientation)
         once = load_image(path)
         assert np.array_equal(np.asarray(once), np.asarray(upright))
         assert np.array_equal(np.asarray(load_image(once)), np.asarray(upright))
