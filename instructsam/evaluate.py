@@ -26,7 +26,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from instructsam.configs_path import CONFIGS, missing_keys
 
-NEEDS_MODEL = {"untrained": False, "limit": None, "restart": False}
+NEEDS_MODEL = {"untrained": False, "limit": None, "restart": False, "attention_variant": None}
 
 
 def evaluate(settings: dict[str, Any]) -> dict[str, dict[str, Any]]:

@@ -47,6 +47,8 @@ def train(settings: dict[str, Any], overrides: Sequence[str] = ()) -> dict[str, 
     from instructsam.training.trainer import Trainer
 
     # Settings first: what is wrong with them should not wait for weights and data.
+    if "ablation" in settings:
+        raise ValueError("experiment=ablation/... is several trainings: start it with python -m instructsam.ablate")
     save_dtype = as_dtype(settings["save_dtype"], "save_dtype", auto=False)
     config = TrainerConfig.from_dict(
         {**settings["trainer"], "seed": settings["seed"], "output_dir": settings["output_dir"]}

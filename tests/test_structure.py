@@ -26,7 +26,7 @@ RECORDS = {f"evaluation.{name}" for name in ("metrics", "average_precision", "re
 RECORDS |= {f"evaluation.{name}" for name in ("measured", "overlaps", "concept_f1", "bootstrap", "sweep", "coco_ap")}
 PARTS = FLOOR | {"processing", "models", "losses", "data", "visualization", "predictor", "evaluation"}
 ENTRY_POINTS = {"train", "evaluate", "segment", "demo", "merge", "export", "compare", "make_tiny_world"}
-ENTRY_POINTS |= {"prepare", "validate", "inspect"}
+ENTRY_POINTS |= {"prepare", "validate", "inspect", "ablate"}
 
 # What each part may import besides itself. A module belongs to the longest name that fits it.
 ALLOWED: dict[str, set[str]] = {
@@ -43,11 +43,12 @@ ALLOWED: dict[str, set[str]] = {
     **{name: FLOOR | RECORDS for name in RECORDS},
     "evaluation": PARTS - {"losses"} | RECORDS,
     "inspection": FLOOR | RECORDS | {"processing", "data", "visualization", "evaluation"},
+    "ablation": FLOOR | RECORDS | {"configs_path", "evaluation", "training"},
     "baselines": FLOOR | {"processing", "models", "losses", "visualization"},
     "pretraining": PARTS | RECORDS | {"training"},
     "training": PARTS | RECORDS | {"pretraining"},
     **{
-        name: PARTS | RECORDS | {"configs_path", "baselines", "inspection", "pretraining", "training"}
+        name: PARTS | RECORDS | {"configs_path", "ablation", "baselines", "inspection", "pretraining", "training"}
         for name in ENTRY_POINTS
     },
 }

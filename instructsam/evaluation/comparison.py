@@ -94,12 +94,12 @@ def compare_runs(
     Raises:
         ValueError: for different instructions, ground truths, benchmarks, splits or thresholds, or malformed records.
     """
-    _check_rules(a, b)
+    check_rules(a, b)
     if figures is None:
         headline = [figure for figure in a.benchmark.get("headline") or () if bootstrap.is_known(figure)]
         figures = headline or bootstrap.FIGURES
     measured_a = measure(a.records, a.score_threshold, a.min_area)
-    measured_b = measure(_aligned(a, b), b.score_threshold, b.min_area)
+    measured_b = measure(aligned_records(a, b), b.score_threshold, b.min_area)
     cluster_R = bootstrap.clusters_of(measured_a)
     drawn_a, drawn_b = bootstrap.resample([measured_a, measured_b], figures, resamples=resamples, seed=seed)
     rows: dict[str, Any] = {}
@@ -185,7 +185,8 @@ def _most(
 # ---- what may be compared ---------------------------------------------------------------------------------------
 
 
-def _check_rules(a: Run, b: Run) -> None:
+def check_rules(a: Run, b: Run) -> None:
+    """ValueError, naming what differs, for runs evaluated by different rules."""
     differing = [
         f"{rule} {a.benchmark[rule]!r} and {b.benchmark[rule]!r}"
         for rule in RULES
@@ -199,7 +200,7 @@ def _check_rules(a: Run, b: Run) -> None:
         raise ValueError(f"{a.path} and {b.path} were evaluated by different rules: {', '.join(differing)}")
 
 
-def _aligned(a: Run, b: Run) -> list[dict[str, Any]]:
+def aligned_records(a: Run, b: Run) -> list[dict[str, Any]]:
     """B's records in A's order (which decides between equal scores), if they are about the same instructions."""
     ids_a, by_id = [record.get("id") for record in a.records], {record.get("id"): record for record in b.records}
     if len(by_id) < len(b.records) or len(set(ids_a)) < len(ids_a):

@@ -142,13 +142,13 @@ def render_markdown(
     parts = [f"# {title}", "Figures are in 0…1; – stands where there is nothing to measure."]
     if about := about_run(metrics):
         parts.append("\n".join(f"- {name}: {_plain(value)}" for name, value in about.items()))
-    parts += ["## Figures", _markdown(beside(metrics, baseline, published))]
+    parts += ["## Figures", markdown_table(beside(metrics, baseline, published))]
     for heading, name, key in BREAKDOWNS:
         if metrics.get(key):
             rows = breakdown(
                 name, metrics[key], baseline.get(key, {}) if baseline else None, breakdown_columns(metrics)
             )
-            parts += [f"## {heading}", _markdown(rows)]
+            parts += [f"## {heading}", markdown_table(rows)]
     if compared:
         parts += [
             "## Query reliance",
@@ -156,7 +156,7 @@ def render_markdown(
             "is over the same instructions. A fall near 0 means that the queries carry nothing.",
         ]
         for figure in RELIANCE_FIGURES:
-            parts += [f"### {figure}", _markdown(reliance_rows(compared, figure))]
+            parts += [f"### {figure}", markdown_table(reliance_rows(compared, figure))]
     conventions = [f"- **{name}**: {_plain(rule)}" for name, rule in all_conventions(metrics).items()]
     if conventions:
         parts += ["## Conventions", "\n".join(conventions)]
@@ -194,7 +194,9 @@ def _plain(rule: Any) -> str:
     return "none" if rule is None else str(rule)
 
 
-def _markdown(rows: Sequence[Sequence[str]]) -> str:
+def markdown_table(rows: Sequence[Sequence[str]]) -> str:
+    """A table whose first row is the header; all columns but the first are right-aligned."""
+
     def line(cells: Sequence[str]) -> str:
         # A bar or a line break in a name would break the table, a leading > would be read as a quote.
         escaped = (cell.replace("|", "\\|").replace("\n", " ").replace(">", "&gt;") for cell in cells)

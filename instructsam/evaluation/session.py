@@ -17,6 +17,7 @@ from instructsam.evaluation.fingerprint import configuration_digest, weights_dig
 from instructsam.evaluation.output import Metrics, Wanted, figures_of, write_all, write_summary
 from instructsam.evaluation.reliance import query_reliance
 from instructsam.evaluation.runner import EvalItem, run
+from instructsam.models.attention_mask import VARIANTS
 from instructsam.models.checkpoints import fresh_model
 from instructsam.models.decoding_rules import decoding_rule
 from instructsam.models.hub import resolve
@@ -40,6 +41,11 @@ def evaluate_checkpoint(settings: Mapping[str, Any]) -> dict[str, Metrics]:
         torch.set_num_threads(settings["threads"])
     decoding_rule(settings["decoding"])
     as_dtype(settings["dtype"])
+    variant = settings.get("attention_variant")
+    if variant is not None and variant not in VARIANTS:
+        raise ValueError(
+            f"attention_variant={variant}: must be one of {', '.join(VARIANTS)}, or null for the model's own"
+        )
     device = as_device(ranks.own_device(settings["device"]))
     checkpoint = resolve(settings["checkpoint"], "InstructSAM")
     own = {key: settings[key] for key in ("threshold", "min_area") if settings[key] is not None}
@@ -58,6 +64,8 @@ def evaluate_checkpoint(settings: Mapping[str, Any]) -> dict[str, Metrics]:
         predictor = Predictor.from_pretrained(
             checkpoint, device, settings["dtype"], settings["decoding"], settings["max_new_tokens"]
         )
+        if variant is not None:
+            predictor.model.config.attention_variant = variant  # no tensor hangs on it
         session = _Session(settings, predictor, identity)
         output = output_folder(settings)
         found = {}

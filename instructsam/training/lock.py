@@ -9,8 +9,10 @@ from pathlib import Path
 
 
 @contextmanager
-def exclusive(folder: str | Path) -> Iterator[None]:
+def exclusive(folder: str | Path) -> Iterator[int]:
     """Hold the folder for this process; the lock ends with the process, however that ends.
+
+    Gives the lock's file descriptor: a process that inherits it (``pass_fds``) holds the lock too, as long as it lives.
 
     Raises:
         ValueError: another process holds it.
@@ -22,4 +24,4 @@ def exclusive(folder: str | Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise ValueError(f"{folder}: another process is at work there; wait for it or stop it") from error
-        yield
+        yield file.fileno()

@@ -1,0 +1,190 @@
+"""Reports of cells whose records are written by hand: every number is known."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import struct
+from pathlib import Path
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+
+from instructsam import masks
+from instructsam.ablation import statistics
+from instructsam.ablation.cells import parse
+from instructsam.ablation.report import latex, write_report
+from instructsam.ablation.state import Place
+
+SIZE = 8
+VALUES = {
+    "name": "toy_&_co",
+    "stages": {"bridge": []},
+    "cells": {"plain": {"x": 2}, "more_50%": {"x": 1}, "gone": {"x": 3}, "broken": {"x": 4}},
+    "default": "plain",
+    "seeds": [0, 1],
+    "figures": ["giou", "AP50", "duplicate_rate"],
+    "x_name": "N",
+}
+# How many of the four instructions each run answers exactly; of the others nothing is found.
+FOUND = {"plain": {0: 2, 1: 1}, "more": {0: 3, 1: 4}}
+
+
+def record(number: int, found: bool) -> dict:
+    """An instruction about an image of its own, with one instance, or two for the last."""
+    boxes = [[0, 0, 3, 3], [4, 4, 8, 8]][: 2 if number == 3 else 1]
+    rles = [masks.box_to_rle(box, SIZE, SIZE) for box in boxes]
+    kept = rles if found else []
+    return {"id": f"i{number}", "image": f"{number}.png", "instruction": "x", "kind": "", "height": SIZE, "width": SIZE,
+            "gt_rles": rles, "pred_rles": kept, "pred_scores": [0.9] * len(kept)}  # fmt: skip
+
+
+def write_cell(ablation, output: Path, name: str, seed: int, records: list[dict], threshold: float = 0.3) -> Place:
+    place = Place.of(output, ablation.cells[name], seed)
+    place.eval.mkdir(parents=True)
+    (place.eval / "predictions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in records))
+    metrics = {"benchmark": {"name": "toy", "split": "val", "threshold": threshold}, "conventions": {"min_area": 0}}
+    (place.eval / "metrics.json").write_text(json.dumps(metrics))
+    folder = place.train / "bridge"
+    (folder / "checkpoint").mkdir(parents=True)
+    header = json.dumps({"a": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]},
+                         "__metadata__": {"format": "pt"}}).encode()  # fmt: skip
+    (folder / "checkpoint/model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(24))
+    speed = [{"seconds_per_step": s, "tokens_per_second": 100.0, "samples_per_second": 4.0} for s in (9.0, 0.2, 0.3)]
+    rows = [{"step": 0, "event": "start"}, *speed]
+    (folder / "progress.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 4, "sec')
+    for step in ("bridge", "evaluate"):
+        place.write(step, {"status": "complete", "settings": {}})
+    return place
+
+
+@pytest.fixture
+def ablation():
+    values = {**VALUES, "name": "toy", "title": VALUES["name"]}
+    values["cells"] = {name.removesuffix("_50%"): cell for name, cell in VALUES["cells"].items()}
+    return parse(values)
+
+
+@pytest.fixture
+def output(ablation, tmp_path) -> Path:
+    for name, seeds in FOUND.items():
+        for seed, found in seeds.items():
+            records = [record(number, number < found) for number in range(4)]
+            # Files may list the same instructions in another order.
+            write_cell(ablation, tmp_path, name, seed, records[::-1] if seed else records)
+    reason = "exit code 1: error: 50% of a_b | is & gone"
+    Place.of(tmp_path, ablation.cells["broken"], 0).write("bridge", {"status": "failed", "reason": reason})
+    return tmp_path
+
+
+def test_numbers(ablation, output):
+    found = write_report(ablation, output, resamples=400)
+    assert found == json.loads((output / "figures.json").read_text())
+    plain, more = found["cells"]["plain"], found["cells"]["more"]
+    assert plain["seeds"]["0"]["figures"]["giou"] == 0.5 and plain["seeds"]["1"]["figures"]["giou"] == 0.25
+    assert plain["figures"]["giou"]["mean"] == 0.375 and plain["figures"]["giou"]["n"] == 2
+    assert plain["figures"]["giou"]["deviation"] == pytest.approx(0.25 / math.sqrt(2))
+    # 1 + 1 + 1 + 2 instances: seed 1 finds all five, seed 0 those of the first three instructions.
+    assert more["figures"]["AP50"]["mean"] == pytest.approx((3 / 5 + 1) / 2)
+    assert more["by_instances"]["1"]["mean"] == 1.0 and more["by_instances"]["2"]["mean"] == 0.5
+    assert more["by_instances"]["3-4"] == {"mean": None, "deviation": None, "n": 0}
+    assert plain["cost"]["seconds_per_step"]["mean"] == 0.3 and plain["cost"]["tokens_per_sample"]["mean"] == 25
+    assert plain["cost"]["parameters"]["mean"] == 6
+    row = more["against_default"]["giou"]
+    assert row["values"] == [0.25, 0.75] and row["difference"] == 0.5 and row["n"] == 2
+    # t = 0.5 / (0.3536 / sqrt 2) = 2 with one degree of freedom: p = 1 - 2/pi atan 2
+    assert row["p_t_test"] == pytest.approx(1 - 2 / math.pi * math.atan(2.0))
+    assert 0 <= row["low"] < 0.5 < row["high"] <= 1 and 0 < row["p"] < 0.2
+    assert "against_default" not in plain
+    gone = found["cells"]["gone"]
+    assert gone["seeds"]["0"] == {"status": "missing", "reason": "not run yet"}
+    assert gone["figures"]["giou"]["mean"] is None and gone["against_default"]["giou"]["n"] == 0
+
+
+def test_resampling_sees_images_and_seeds(ablation, output):
+    """Of four images one differs with seed 0 and three with seed 1: the sixteen draws of seeds and the binomial draws
+    of images give the exact distribution of the difference."""
+    row = write_report(ablation, output, resamples=4000)["cells"]["more"]["against_default"]["giou"]
+    counts = np.random.default_rng(7).multinomial(4, [0.25] * 4, 40_000)
+    # seed 0: image 2 is gained; seed 1: images 1, 2 and 3
+    by_seed = np.stack([counts[:, 2], counts[:, 1:].sum(1)]) / 4
+    drawn = np.random.default_rng(8).integers(0, 2, (2, 40_000))
+    expected = np.take_along_axis(by_seed, drawn, axis=0).mean(0)
+    low, high = np.quantile(expected, [0.025, 0.975])
+    assert row["low"] == pytest.approx(low, abs=0.13) and row["high"] == pytest.approx(high, abs=0.13)
+    assert row["p"] == pytest.approx(2 * (expected <= 0).mean(), abs=0.04)
+
+
+def test_p_values_and_spreads_by_hand():
+    assert statistics.bootstrap_p(np.array([0.1, 0.2, -0.1, 0.3, np.nan])) == pytest.approx(2 * (1 + 1) / 5)
+    assert statistics.bootstrap_p(np.zeros(9)) == 1.0
+    assert statistics.bootstrap_p(np.full(999, 0.1)) == pytest.approx(0.002)
+    assert statistics.bootstrap_p(np.array([np.nan])) is None
+    spread = statistics.spread_of([0.2, 0.4, None, 0.6])
+    assert spread == {"mean": pytest.approx(0.4), "deviation": pytest.approx(0.2), "n": 3}
+    assert statistics.spread_of([0.2]) == {"mean": 0.2, "deviation": None, "n": 1}
+
+
+def test_files(ablation, output):
+    write_report(ablation, output, resamples=50)
+    text = (output / "report.md").read_text()
+    assert "| plain (default) | 2/2 | 0.375 ± 0.177 |" in text and "| gone | 0/2 | – |" in text
+    assert "| broken | 0 | failed | bridge: exit code 1: error: 50% of a_b \\| is & gone |" in text
+    assert "| broken | 1 | missing | not run yet |" in text
+    assert "| more | gIoU | 2 | +0.500 |" in text
+    tex = (output / "tables.tex").read_text()
+    assert r"plain (default) & 2/2 & 0.375 $\pm$ 0.177 &" in tex
+    assert r"error: 50\% of a\_b | is \& gone \\" in tex
+    assert tex.count(r"\begin{tabular}") == tex.count(r"\end{table}") == 5
+    rows = list(csv.DictReader((output / "summary.csv").open()))
+    assert [row["cell"] for row in rows] == ["plain", "more", "gone", "broken"]
+    assert float(rows[1]["giou mean"]) == 0.875 and float(rows[1]["giou difference"]) == 0.5
+    assert rows[0]["giou difference"] == "" and rows[2]["giou mean"] == ""
+    cells = list(csv.DictReader((output / "cells.csv").open()))
+    assert len(cells) == 8 and cells[6]["status"] == "failed" and "50% of a_b" in cells[6]["reason"]
+    assert float(cells[3]["giou"]) == 1.0 and cells[3]["parameters"] == "6"
+
+
+def test_plots(ablation, output):
+    write_report(ablation, output, resamples=50)
+    plots = {path.stem: ElementTree.parse(path).getroot() for path in (output / "plots").glob("*.svg")}
+    assert set(plots) == {"instances", "duplicates", "cost_time", "cost_parameters"}
+    svg = "{http://www.w3.org/2000/svg}"
+    assert all(root.tag == f"{svg}svg" and root.find(f"{svg}style") is not None for root in plots.values())
+    texts = [node.text for node in plots["instances"].iter(f"{svg}text")]
+    assert texts.index("1") < texts.index("2") and "3" not in texts, (
+        "cells lie in the order of x; those without are out"
+    )
+    lines = list(plots["instances"].iter(f"{svg}polyline"))
+    assert [line.find(f"{svg}title").text for line in lines] == ["1 inst.", "2 inst."]
+    assert all(len(line.get("points").split()) == 2 for line in lines)
+    assert {"plain", "more"} <= {node.text for node in plots["cost_time"].iter(f"{svg}text")}
+
+
+def test_nothing_there_yet(ablation, tmp_path):
+    found = write_report(ablation, tmp_path, resamples=10)
+    assert all(entry["status"] == "missing" for cell in found["cells"].values() for entry in cell["seeds"].values())
+    assert "| plain | 0 | missing | not run yet |" in (tmp_path / "report.md").read_text()
+    assert not list(tmp_path.glob("plots/*"))
+
+
+def test_what_cannot_be_compared_is_an_error(ablation, output):
+    place = Place.of(output, ablation.cells["more"], 0)
+    metrics = json.loads((place.eval / "metrics.json").read_text())
+    metrics["benchmark"]["threshold"] = 0.5
+    (place.eval / "metrics.json").write_text(json.dumps(metrics))
+    with pytest.raises(ValueError, match="different rules: threshold 0.3 and 0.5"):
+        write_report(ablation, output)
+    (place.eval / "predictions.jsonl").write_text(json.dumps(record(0, True)) + "\n")
+    metrics["benchmark"]["threshold"] = 0.3
+    (place.eval / "metrics.json").write_text(json.dumps(metrics))
+    with pytest.raises(ValueError, match="not on the same instructions"):
+        write_report(ablation, output)
+    with pytest.raises(ValueError, match="'nonsense' is no figure"):
+        write_report(parse({**VALUES, "name": "t", "cells": {"plain": {"x": 1}}, "figures": ["nonsense"]}), output)
+
+
+def test_latex_escapes():
+    assert r"a\_b \& 5\% \textbackslash{} \#1 \{x\} $>$=2 -- $\pm$" in latex([["a_b & 5% \\ #1 {x} >=2 – ±"]], "c")
