@@ -16,12 +16,11 @@ from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLConfig
 from transformers.models.sam3.configuration_sam3 import Sam3Config
 
 from instructsam.models.configuration import InstructSAMConfig
-from instructsam.models.layouts import QWEN3_VL, SAM3, untie_or_tie
+from instructsam.models.layouts import FIRST_ROWS, QWEN3_VL, SAM3, untie_or_tie
 from instructsam.models.loading import LoadReport, TensorFolder, empty_model, fill
 from instructsam.models.modeling import InstructSAM
 
 NEW = ("query_bank.", "query_projector.", "phrase_projector.")
-FIRST_ROWS = ("detector.detr_decoder.query_embed.weight", "detector.detr_decoder.reference_points.weight")
 
 
 def read_vlm_config(folder: Path) -> Qwen3VLConfig:

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from instructsam.models.configuration import InstructSAMConfig
+from instructsam.models.layouts import FIRST_ROWS
 from instructsam.models.modeling import InstructSAM
 
 
@@ -27,23 +28,39 @@ def fresh_model(config: InstructSAMConfig, seed: int) -> InstructSAM:
         return model
 
 
-def take_modules(model: InstructSAM, path: str | Path, modules: Sequence[str]) -> None:
+def take_modules(model: InstructSAM, path: str | Path, modules: Sequence[str]) -> list[str]:
     """Copy the named modules (e.g. ``detector``, ``phrase_projector``) of another checkpoint into `model`.
+
+    Of the detector's learned queries and reference points (`FIRST_ROWS`) the first are taken, as they are from SAM 3,
+    if the two models differ in their number of queries; rows that the other does not have stay as they are.
+
+    Returns:
+        What was not taken whole, a line each.
 
     Raises:
         ValueError: unknown module, tensors of another shape (names module and path).
     """
     source = InstructSAM.from_pretrained(path)
+    own, others, notes = model.state_dict(), source.state_dict(), []
     for name in modules:
         if name not in dict(model.named_children()) or name not in dict(source.named_children()):
             raise ValueError(
                 f"init from {path}: no module {name!r}; there are {[n for n, _ in model.named_children()]}"
             )
+        taken = {key: tensor for key, tensor in others.items() if key.startswith(f"{name}.")}
+        for key in set(FIRST_ROWS) & set(taken):
+            here, there = own[key], taken[key]
+            if len(here) != len(there):
+                notes.append(f"init from {path}: {key}: the first {len(here)} rows, of which it has {len(there)}")
+                taken[key] = torch.cat([there[: len(here)].to(here), here[len(there) :]])
         try:
-            model.get_submodule(name).load_state_dict(source.get_submodule(name).state_dict(), strict=True)
+            model.get_submodule(name).load_state_dict(
+                {key.removeprefix(f"{name}."): tensor for key, tensor in taken.items()}, strict=True
+            )
         except RuntimeError as error:
             first_line = str(error).splitlines()[-1].strip()
             raise ValueError(f"init from {path}: module {name!r} does not fit: {first_line}") from error
+    return notes
 
 
 def make_readable(folder: Path) -> None:

@@ -68,7 +68,8 @@ def build_model(settings: Mapping[str, Any], seed: int = 0) -> tuple[InstructSAM
     build = {"checkpoint": _from_checkpoint, "vlm_path": _from_parts, "tokenizer": _from_nothing}[sources[0]]
     model, processor = build(settings, seed)
     for part in settings.get("init") or ():
-        take_modules(model, part["checkpoint"], part["modules"])
+        for note in take_modules(model, part["checkpoint"], part["modules"]):
+            _say(note)
     if settings.get("lora"):
         add_lora(model, LoraSettings.from_mapping(settings["lora"]), seed)
     if settings.get("gradient_checkpointing"):

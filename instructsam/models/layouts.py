@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+# Learned rows, one a query: a model with fewer queries takes the first.
+FIRST_ROWS = ("detector.detr_decoder.query_embed.weight", "detector.detr_decoder.reference_points.weight")
+
 
 @dataclass(frozen=True)
 class Layout:

@@ -27,6 +27,8 @@ class VLMPretraining(nn.Module):
         lm_weight: weight of the language loss.
         num_layers: how many of the last layers' hidden states the query heads read.
         pointer_weight: weight of the loss on which image cells a phrase means.
+        query_box_weight: weight of the losses on box and objectness of every query. With 0 the queries of a phrase are
+            taught together only, which says nothing about how they share out its instances.
     """
 
     def __init__(
@@ -36,10 +38,12 @@ class VLMPretraining(nn.Module):
         lm_weight: float = 0.3,
         num_layers: int = 3,
         pointer_weight: float = 10.0,
+        query_box_weight: float = 1.0,
     ):
         super().__init__()
         self.model = model
-        self.query_head = QueryBoxHead(model.config.hidden_size, num_layers)
+        self.query_head = QueryBoxHead(model.config.hidden_size, num_layers) if query_box_weight > 0 else None
+        self.query_box_weight = query_box_weight
         self.pointer_heads = nn.ModuleList(PointerHead(model.config.hidden_size) for _ in range(num_layers))
         # What a cell shows must be known before the first layer, so that words can be compared with it, and at the end.
         self.image_heads = nn.ModuleList(DenseHead(model.config.hidden_size, attribute_sizes) for _ in range(2))
@@ -76,7 +80,9 @@ class VLMPretraining(nn.Module):
         assert language.all_hidden is not None and language.image_tokens is not None
         phrases = language.phrases
         hidden = language.query_states(self.num_layers)
-        terms |= self.query_head(hidden, batch["target_boxes"], batch["target_valid"], counts)
+        if self.query_head is not None:
+            boxes = self.query_head(hidden, batch["target_boxes"], batch["target_valid"], counts)
+            terms |= {name: self.query_box_weight * value for name, value in boxes.items()}
         merge = model.config.vlm_config.vision_config.spatial_merge_size
         grid = batch["image_grid_thw"]
         assert bool((grid == grid[:1]).all()), "pretraining images are of one size"

@@ -11,9 +11,9 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from instructsam.models.assembly import FIRST_ROWS, assemble
+from instructsam.models.assembly import assemble
 from instructsam.models.factory import build_model
-from instructsam.models.layouts import QWEN3_VL, SAM3
+from instructsam.models.layouts import FIRST_ROWS, QWEN3_VL, SAM3
 from instructsam.models.modeling import InstructSAM
 
 N = 5
