@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -26,7 +26,8 @@ _STYLE = "\n".join(
 
 def write_plots(found: Mapping[str, Any], folder: Path) -> dict[str, str]:
     """Write what can be drawn of `report.collect`'s numbers; returns file name -> title."""
-    charts = {"instances": by_instances(found), "duplicates": duplicates(found)}
+    charts = {f"{figure}_by_instances": by_instances(found, figure) for figure in found["grouped_figures"]}
+    charts |= {"duplicates": duplicates(found)}
     charts |= {"cost_time": cost(found, "seconds_per_step", "seconds a step")}
     charts |= {"cost_parameters": cost(found, "parameters", "parameters")}
     written = {}
@@ -42,31 +43,32 @@ def write_plots(found: Mapping[str, Any], folder: Path) -> dict[str, str]:
     return written
 
 
-def by_instances(found: Mapping[str, Any]) -> Node | None:
-    """AP against the cells' number (or cell by cell), a line for all instructions and for every number of instances."""
-    cells = {name: cell for name, cell in found["cells"].items() if cell["by_instances"]}
+def by_instances(found: Mapping[str, Any], figure: str) -> Node | None:
+    """A figure against the cells' number (or cell by cell), a line for every number of true instances."""
+    cells = {name: cell for name, cell in found["cells"].items() if cell["by_instances"][figure]}
     if found["x_name"]:
         placed = [item for item in cells.items() if item[1]["x"] is not None]
         cells = dict(sorted(placed, key=lambda item: item[1]["x"]))
     if not cells:
         return None
-    figure = found["grouped_figure"]
     names = [f"{cell['x']:g}" if found["x_name"] else name for name, cell in cells.items()]
-    groups = next(iter(cells.values()))["by_instances"]
-    series = {group: [_pair(cell["by_instances"][group]) for cell in cells.values()] for group in groups}
+    groups = next(iter(cells.values()))["by_instances"][figure]
+    series = {group: [_pair(cell["by_instances"][figure][group]) for cell in cells.values()] for group in groups}
     series = {f"{group} inst.": values for group, values in series.items() if any(values)}
+    if not series:
+        return None
     x_name = found["x_name"] or "cell"
     title = f"{label(figure)} against {x_name} by number of true instances"
-    return line_chart(title, x_name, label(figure), names, series) if series else None
+    highest = 1.0 if figure.startswith("AP") else _highest(pair for values in series.values() for pair in values)
+    return line_chart(title, x_name, label(figure), names, series, highest)
 
 
 def duplicates(found: Mapping[str, Any]) -> Node | None:
     """The duplicate rate of every cell."""
     bars = {name: _pair(cell["figures"].get("duplicate_rate")) for name, cell in found["cells"].items()}
-    known = [value + (deviation or 0.0) for value, deviation in filter(None, bars.values())]
-    if not known:
+    if not any(bars.values()):
         return None
-    return bar_chart("Duplicate rate by cell", "cell", "duplicate rate", bars, max(*known, 0.01))
+    return bar_chart("Duplicate rate by cell", "cell", "duplicate rate", bars, _highest(bars.values()))
 
 
 def cost(found: Mapping[str, Any], key: str, name: str) -> Node | None:
@@ -78,6 +80,11 @@ def cost(found: Mapping[str, Any], key: str, name: str) -> Node | None:
         if spent is not None and pair is not None:
             points[cell_name] = (spent, *pair)
     return scatter_chart(f"{label(figure)} against {name}", name, label(figure), points) if points else None
+
+
+def _highest(pairs: Iterable[tuple[float, float | None] | None]) -> float:
+    """Where an axis ends that starts at 0."""
+    return max([value + (deviation or 0.0) for value, deviation in filter(None, pairs)] + [0.01])
 
 
 def _pair(spread: Mapping[str, Any] | None) -> tuple[float, float | None] | None:

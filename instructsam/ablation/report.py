@@ -7,6 +7,7 @@ figures.json (all numbers), plots/*.svg.
 from __future__ import annotations
 
 import csv
+import functools
 import io
 import json
 from collections.abc import Mapping, Sequence
@@ -17,7 +18,7 @@ from instructsam.ablation.cells import Ablation
 from instructsam.ablation.cost import COSTS, cost_of
 from instructsam.ablation.plots import write_plots
 from instructsam.ablation.state import COMPLETE, Place, status_of
-from instructsam.ablation.statistics import CONVENTIONS, by_instances, paired, spread_of
+from instructsam.ablation.statistics import CONVENTIONS, by_instances, by_kind, paired, spread_of
 from instructsam.evaluation import bootstrap
 from instructsam.evaluation.comparison import Run, aligned_records, check_rules, load_run
 from instructsam.evaluation.measure import Measurements, measure
@@ -26,7 +27,7 @@ from instructsam.evaluation.report import markdown_table
 from instructsam.evaluation.tables import NOTHING, Rows, change, label, number, value_of
 from instructsam.training.files import replace_text
 
-GROUPED_FIGURE = "AP50"
+GROUPED_FIGURES = ("AP50", "count_error", "duplicate_rate")  # by number of instances; the first also by kind
 _LATEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$", "–": "--"}
 _LATEX |= {character: f"\\{character}" for character in "&%$#_{}"} | {">": "$>$", "<": "$<$", "…": r"\ldots{}"}
 
@@ -52,7 +53,7 @@ def write_report(ablation: Ablation, output: str | Path, resamples: int = bootst
 
 def collect(ablation: Ablation, output: str | Path, resamples: int) -> dict[str, Any]:
     """All numbers of the report."""
-    for figure in (*ablation.figures, GROUPED_FIGURE):
+    for figure in (*ablation.figures, *GROUPED_FIGURES):
         if not bootstrap.is_known(figure):
             raise ValueError(f"ablation.figures: {figure!r} is no figure that can be resampled; see evaluation.metrics")
     runs: dict[str, dict[int, Measurements]] = {name: {} for name in ablation.cells}
@@ -71,7 +72,8 @@ def collect(ablation: Ablation, output: str | Path, resamples: int) -> dict[str,
                 runs[name][seed] = measured
                 overall = summarise(measured)
                 entry["figures"] = {figure: value_of(overall, figure) for figure in ablation.figures}
-                entry["by_instances"] = by_instances(measured, GROUPED_FIGURE)
+                entry["by_instances"] = by_instances(measured, GROUPED_FIGURES)
+                entry["by_kind"] = by_kind(measured, GROUPED_FIGURES[0])
                 entry["cost"] = cost_of(ablation, output, cell, seed)
             per_seed[str(seed)] = entry
         cells[name] = {"x": cell.x, "trained_as": cell.trained_as, "seeds": per_seed, **_spreads(ablation, per_seed)}
@@ -86,7 +88,7 @@ def collect(ablation: Ablation, output: str | Path, resamples: int) -> dict[str,
         "x_name": ablation.x_name,
         "seeds": list(ablation.seeds),
         "figures": list(ablation.figures),
-        "grouped_figure": GROUPED_FIGURE,
+        "grouped_figures": list(GROUPED_FIGURES),
         "num_instructions": len(first.records) if first else 0,
         "cells": cells,
         "conventions": {**CONVENTIONS, "resamples": resamples},
@@ -95,10 +97,16 @@ def collect(ablation: Ablation, output: str | Path, resamples: int) -> dict[str,
 
 def _spreads(ablation: Ablation, per_seed: Mapping[str, Any]) -> dict[str, Any]:
     done = [entry for entry in per_seed.values() if entry["status"] == COMPLETE]
-    groups = done[0]["by_instances"] if done else {}
+
+    def over(*keys: str) -> dict[str, Any]:
+        """The spreads of a mapping of each seed."""
+        found = [functools.reduce(dict.__getitem__, keys, entry) for entry in done]
+        return {key: spread_of([values[key] for values in found]) for key in (found[0] if found else ())}
+
     return {
         "figures": {key: spread_of([entry["figures"][key] for entry in done]) for key in ablation.figures},
-        "by_instances": {key: spread_of([entry["by_instances"][key] for entry in done]) for key in groups},
+        "by_instances": {figure: over("by_instances", figure) for figure in GROUPED_FIGURES},
+        "by_kind": over("by_kind"),
         "cost": {key: spread_of([entry["cost"][key] for entry in done]) for key in COSTS.values()},
     }
 
@@ -112,24 +120,32 @@ def tables_of(found: Mapping[str, Any]) -> dict[str, Rows]:
     names = {name: f"{name} (default)" if name == default else name for name in found["cells"]}
     main = [["cell", "seeds", *map(label, figures)]]
     against = [["cell", "figure", "seeds", "difference", "interval", "p", "p (t-test)"]]
-    groups = next((list(cell["by_instances"]) for cell in found["cells"].values() if cell["by_instances"]), [])
-    grouped, costs = [["cell", *groups]], [["cell", *COSTS]]
+    costs = [["cell", *COSTS]]
     for name, cell in found["cells"].items():
         done = sum(entry["status"] == COMPLETE for entry in cell["seeds"].values())
         main.append([names[name], f"{done}/{len(cell['seeds'])}", *(plus_minus(cell["figures"][k]) for k in figures)])
-        grouped.append([names[name], *(plus_minus(cell["by_instances"].get(k)) for k in groups)])
         costs.append([names[name], *(_cost(cell["cost"][key]["mean"]) for key in COSTS.values())])
         for figure, row in cell.get("against_default", {}).items():
             interval = NOTHING if row["low"] is None else f"{change(row['low'])} … {change(row['high'])}"
             tests = [NOTHING if row[key] is None else f"{row[key]:.3g}" for key in ("p", "p_t_test")]
             against.append([name, label(figure), str(row["n"]), change(row["difference"]), interval, *tests])
     tables = {"Figures, mean ± deviation over seeds": main, f"Differences from {default}": against}
-    if groups:
-        tables[f"{label(found['grouped_figure'])} by number of true instances"] = grouped
+    for figure in found["grouped_figures"]:
+        rows = {names[name]: cell["by_instances"][figure] for name, cell in found["cells"].items()}
+        tables[f"{label(figure)} by number of true instances"] = _grouped(rows)
+    rows = {names[name]: cell["by_kind"] for name, cell in found["cells"].items()}
+    tables[f"{label(found['grouped_figures'][0])} by kind of instruction"] = _grouped(rows)
     tables["Cost"] = costs
     if gone := _not_complete(found):
         tables["Not complete"] = [["cell", "seed", "status", "reason"], *gone]
     return tables
+
+
+def _grouped(cells: Mapping[str, Mapping[str, Any]]) -> Rows:
+    """A column for every group; the header alone where no cell has any."""
+    groups = next((list(spreads) for spreads in cells.values() if spreads), [])
+    rows = [[name, *(plus_minus(spreads.get(group)) for group in groups)] for name, spreads in cells.items()]
+    return [["cell", *groups], *(rows if groups else [])]
 
 
 def _not_complete(found: Mapping[str, Any]) -> Rows:

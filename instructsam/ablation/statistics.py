@@ -41,13 +41,21 @@ def spread_of(values: Sequence[float | None]) -> dict[str, float | int | None]:
     }
 
 
-def by_instances(measured: Measurements, figure: str) -> dict[str, float | None]:
-    """A figure of the instructions with so many true instances; None for a group without instructions."""
-    found: dict[str, float | None] = {}
+def by_instances(measured: Measurements, figures: Sequence[str]) -> dict[str, dict[str, float | None]]:
+    """Figure -> group -> value over the instructions with so many true instances; None for an empty group."""
+    found: dict[str, dict[str, float | None]] = {figure: {} for figure in figures}
     for name, (least, most) in INSTANCE_GROUPS.items():
         chosen_R = (measured.num_truths_R >= least) & (True if most is None else measured.num_truths_R <= most)
-        found[name] = summarise(measured.select(chosen_R))[figure] if chosen_R.any() else None
+        values = summarise(measured.select(chosen_R)) if chosen_R.any() else {}
+        for figure in figures:
+            found[figure][name] = values.get(figure)
     return found
+
+
+def by_kind(measured: Measurements, figure: str) -> dict[str, float | None]:
+    """A figure of every kind of instructions that has targets."""
+    kinds = sorted(set(measured.kinds[measured.num_truths_R > 0].tolist()) - {""})
+    return {kind: summarise(measured.select(measured.kinds == kind))[figure] for kind in kinds}
 
 
 def paired(

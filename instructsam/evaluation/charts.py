@@ -80,24 +80,26 @@ def line_chart(
     y_name: str,
     names: Sequence[str],
     series: Mapping[str, Sequence[tuple[float, float | None] | None]],
+    highest: float = 1.0,
 ) -> Node:
-    """A line a series over equally spaced places, each a value (0…1) with its deviation, or None where there is none.
+    """A line a series over equally spaced places: a value (0…highest) with its deviation, or None where there is none.
 
     Lines are of classes series-0, series-1, ... and named at their right end.
     """
-    slot = 1 / len(names)
-    picture = _frame(title, x_name, y_name, [(name, (k + 0.5) * slot) for k, name in enumerate(names)], _fractions())
+    slot, scale = 1 / len(names), 1 / max(highest, 1e-9)
+    picture = _frame(title, x_name, y_name, [(name, (k + 0.5) * slot) for k, name in enumerate(names)], _steps(highest))
     for number, (name, values) in enumerate(series.items()):
         known = [((k + 0.5) * slot, *value) for k, value in enumerate(values) if value is not None]
-        path = " ".join(f"{_x(x)},{_y(y)}" for x, y, _ in known)
+        path = " ".join(f"{_x(x)},{_y(y * scale)}" for x, y, _ in known)
         picture.append(node("polyline", node("title", name), points=path, class_=f"line series-{number}"))
         for x, y, deviation in known:
             label = node("title", f"{name}: {y:.3f}" + ("" if deviation is None else f" ± {deviation:.3f}"))
             if deviation:
-                picture.append(_whisker(x, y, deviation, number))
-            picture.append(node("circle", label, cx=_x(x), cy=_y(y), r=3, class_=f"dot series-{number}"))
+                picture.append(_whisker(x, y * scale, deviation * scale, number))
+            picture.append(node("circle", label, cx=_x(x), cy=_y(y * scale), r=3, class_=f"dot series-{number}"))
         if known:
-            picture.append(node("text", name, x=_x(known[-1][0]) + 6, y=_y(known[-1][1]) - 6, class_="value name"))
+            x, y = known[-1][:2]
+            picture.append(node("text", name, x=_x(x) + 6, y=_y(y * scale) - 6, class_="value name"))
     return picture
 
 
@@ -106,8 +108,7 @@ def bar_chart(
 ) -> Node:
     """A bar a name: a value (0…highest) with its deviation; None leaves the place empty."""
     slot, scale = 1 / len(bars), 1 / max(highest, 1e-9)
-    steps = [(f"{highest * part:.3g}", part) for part in (0, 0.5, 1)]
-    picture = _frame(title, x_name, y_name, [(name, (k + 0.5) * slot) for k, name in enumerate(bars)], steps)
+    picture = _frame(title, x_name, y_name, [(name, (k + 0.5) * slot) for k, name in enumerate(bars)], _steps(highest))
     for number, (name, bar) in enumerate(bars.items()):
         if bar is None:
             continue
@@ -139,6 +140,11 @@ def _bar(label: str, start: float, width: float, height: float, series: int = 0)
     """A bar that stands on the axis; places and sizes in 0…1."""
     size = {"x": _x(start), "y": _y(height), "width": width * INNER_WIDTH, "height": _y(0) - _y(height)}
     return node("rect", node("title", label), class_=f"bar series-{series}", **size)
+
+
+def _steps(highest: float) -> list[tuple[str, float]]:
+    """Marks of an axis from 0 to there."""
+    return _fractions() if highest == 1.0 else [(f"{highest * part:.3g}", part) for part in (0, 0.5, 1)]
 
 
 def _whisker(x: float, y: float, deviation: float, series: int) -> Node:

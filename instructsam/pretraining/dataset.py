@@ -25,6 +25,8 @@ from instructsam.processing.processor import InstructSAMProcessor
 from instructsam.structures import PhraseTarget, Sample, Turn
 
 CATEGORY = "category"
+MAX_SHARED = 6
+"""Objects of one kind, colour, ... are counted up to so many."""
 
 
 def attribute_values(samples: Iterable[Sample]) -> dict[str, list[str]]:
@@ -102,7 +104,10 @@ class GroundedDataset(InstructionDataset):
             ]
             for thing in asked.objects
         ]
-        item["object_attributes"] = torch.tensor([[0] * len(self.values), *rows])
+        attributes_OA = torch.tensor([[0] * len(self.values), *rows])
+        item["object_attributes"] = attributes_OA
+        shared_OA = (attributes_OA[:, None] == attributes_OA).sum(0).clamp(max=MAX_SHARED)
+        item["object_shared"] = shared_OA * (attributes_OA > 0)
         boxes = torch.tensor([[0.0] * 4, *(thing["bbox"] for thing in asked.objects)])
         boxes = boxes / torch.tensor([asked.width, asked.height] * 2)
         boxes[:, :2] += boxes[:, 2:] / 2
@@ -113,7 +118,8 @@ class GroundedDataset(InstructionDataset):
 
 
 def collate_grounded(processor: InstructSAMProcessor, items: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The processor's batch plus object_map (B, H, W), object_attributes (B, O, A), object_boxes (B, O, 4), generic P.
+    """The processor's batch plus object_map (B, H, W), object_boxes (B, O, 4), generic P, object_attributes (B, O, A)
+    and object_shared (B, O, A), how many of the picture's objects have the same value.
 
     Raises:
         ValueError: images of different sizes (pretraining is for a world of one size).
@@ -128,6 +134,7 @@ def collate_grounded(processor: InstructSAMProcessor, items: Sequence[dict[str, 
 
     batch["object_map"] = torch.stack(maps)
     batch["object_attributes"] = stack("object_attributes")
+    batch["object_shared"] = stack("object_shared")
     batch["object_boxes"] = stack("object_boxes")
     batch["generic"] = torch.tensor([flag for item in items for flag in item["generic"]], dtype=torch.bool)
     return batch

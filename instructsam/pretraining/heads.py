@@ -16,14 +16,15 @@ class DenseHead(nn.Module):
     Args:
         channels: width of the features.
         attribute_sizes: number of values of each attribute, without background.
+        with_box: False leaves the box out.
     """
 
-    def __init__(self, channels: int, attribute_sizes: list[int]):
+    def __init__(self, channels: int, attribute_sizes: list[int], with_box: bool = True):
         super().__init__()
         self.norm = nn.LayerNorm(channels)
         self.sizes = [size + 1 for size in attribute_sizes]
         self.classes = nn.Linear(channels, sum(self.sizes))
-        self.box = nn.Linear(channels, 4)
+        self.box = nn.Linear(channels, 4) if with_box else None
 
     def forward(self, features_BHWC: Tensor, labels_BHWA: Tensor, boxes_BHW4: Tensor, count: Tensor) -> Tensor:
         """Cross-entropy of all attributes + L1 of the box (cxcywh in 0…1) on covered cells, summed / `count` cells."""
@@ -31,9 +32,10 @@ class DenseHead(nn.Module):
         loss = normed.new_zeros(())
         for logits, labels in zip(self.classes(normed).split(self.sizes, -1), labels_BHWA.unbind(-1), strict=True):
             loss = loss + F.cross_entropy(logits.flatten(0, 2), labels.flatten(), reduction="sum")
-        covered = (labels_BHWA[..., :1] > 0).float()
-        box_error = (self.box(normed).sigmoid() - boxes_BHW4).abs() * covered
-        return (loss + 5 * box_error.sum()) / count
+        if self.box is not None:
+            covered = (labels_BHWA[..., :1] > 0).float()
+            loss = loss + 5 * ((self.box(normed).sigmoid() - boxes_BHW4).abs() * covered).sum()
+        return loss / count
 
 
 def cell_targets(

@@ -15,6 +15,7 @@ from instructsam.losses.criterion import count_targets
 from instructsam.losses.language import answer_loss, answer_targets
 from instructsam.losses.query_head import QueryBoxHead
 from instructsam.models.modeling import InstructSAM
+from instructsam.pretraining.dataset import MAX_SHARED
 from instructsam.pretraining.heads import DenseHead, PointerHead, cell_targets
 
 
@@ -27,6 +28,9 @@ class VLMPretraining(nn.Module):
         lm_weight: weight of the language loss.
         num_layers: how many of the last layers' hidden states the query heads read.
         pointer_weight: weight of the loss on which image cells a phrase means.
+        shared_weight: weight of the loss on how many objects share each attribute of a cell's object, read off image
+            tokens before the first layer. The vision tower sees the whole picture, while image tokens of the language
+            model see only those before them.
         query_box_weight: weight of the losses on box and objectness of every query. With 0 the queries of a phrase are
             taught together only, which says nothing about how they share out its instances.
     """
@@ -39,6 +43,7 @@ class VLMPretraining(nn.Module):
         num_layers: int = 3,
         pointer_weight: float = 10.0,
         query_box_weight: float = 1.0,
+        shared_weight: float = 0.0,
     ):
         super().__init__()
         self.model = model
@@ -47,6 +52,11 @@ class VLMPretraining(nn.Module):
         self.pointer_heads = nn.ModuleList(PointerHead(model.config.hidden_size) for _ in range(num_layers))
         # What a cell shows must be known before the first layer, so that words can be compared with it, and at the end.
         self.image_heads = nn.ModuleList(DenseHead(model.config.hidden_size, attribute_sizes) for _ in range(2))
+        self.shared_weight = shared_weight
+        self.shared_head = None
+        if shared_weight > 0:
+            sizes = [MAX_SHARED] * len(attribute_sizes)
+            self.shared_head = DenseHead(model.config.hidden_size, sizes, with_box=False)
         self.lm_weight = lm_weight
         self.pointer_weight = pointer_weight
         self.num_layers = num_layers
@@ -78,6 +88,7 @@ class VLMPretraining(nn.Module):
         spoken = answer_loss(language.hidden_BLC, targets, model.lm_logits, counts["tokens"])
         terms = {"language": self.lm_weight * spoken}
         assert language.all_hidden is not None and language.image_tokens is not None
+        image_tokens, boxes_BO4 = language.image_tokens, batch["object_boxes"]
         phrases = language.phrases
         hidden = language.query_states(self.num_layers)
         if self.query_head is not None:
@@ -88,16 +99,17 @@ class VLMPretraining(nn.Module):
         assert bool((grid == grid[:1]).all()), "pretraining images are of one size"
         height, width = (grid[0, 1:] // merge).tolist()
         union_PHW = (batch["target_masks"] & batch["target_valid"][..., None, None]).any(1)
+
+        def cells_of(states_BLC: Tensor) -> Tensor:
+            return states_BLC[image_tokens].view(len(input_ids), height, width, -1)
+
         pointed = input_ids.new_zeros((), dtype=torch.float32)
         for head, states, queries in zip(
             self.pointer_heads, language.all_hidden[-self.num_layers :], hidden, strict=True
         ):
-            keys = states[language.image_tokens].view(len(input_ids), height, width, -1)
-            pointed = pointed + head(queries, keys, phrases.row, union_PHW, counts["phrases"].clamp(min=1))
+            pointed = pointed + head(queries, cells_of(states), phrases.row, union_PHW, counts["phrases"].clamp(min=1))
         terms["pointer"] = self.pointer_weight * pointed / self.num_layers
-        labels, boxes = cell_targets(
-            batch["object_map"], batch["object_attributes"], batch["object_boxes"], (height, width)
-        )
+        labels, boxes = cell_targets(batch["object_map"], batch["object_attributes"], boxes_BO4, (height, width))
         cells = counts["cells"].clamp(min=1)
         for name, head, states in zip(
             ("input_cells", "output_cells"),
@@ -105,6 +117,9 @@ class VLMPretraining(nn.Module):
             (language.all_hidden[0], language.hidden_BLC),
             strict=True,
         ):
-            shown = states[language.image_tokens].view(len(input_ids), height, width, -1)
-            terms[name] = head(shown, labels, boxes, cells)
+            terms[name] = head(cells_of(states), labels, boxes, cells)
+        if self.shared_head is not None:
+            counts_BHWA, _ = cell_targets(batch["object_map"], batch["object_shared"], boxes_BO4, (height, width))
+            spread = self.shared_head(cells_of(language.all_hidden[0]), counts_BHWA, boxes, cells)
+            terms["shared"] = self.shared_weight * spread
         return terms

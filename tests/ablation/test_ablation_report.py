@@ -37,7 +37,8 @@ def record(number: int, found: bool) -> dict:
     boxes = [[0, 0, 3, 3], [4, 4, 8, 8]][: 2 if number == 3 else 1]
     rles = [masks.box_to_rle(box, SIZE, SIZE) for box in boxes]
     kept = rles if found else []
-    return {"id": f"i{number}", "image": f"{number}.png", "instruction": "x", "kind": "", "height": SIZE, "width": SIZE,
+    return {"id": f"i{number}", "image": f"{number}.png", "instruction": "x",
+            "kind": "pair" if number == 3 else "single", "height": SIZE, "width": SIZE,
             "gt_rles": rles, "pred_rles": kept, "pred_scores": [0.9] * len(kept)}  # fmt: skip
 
 
@@ -88,8 +89,12 @@ def test_numbers(ablation, output):
     assert plain["figures"]["giou"]["deviation"] == pytest.approx(0.25 / math.sqrt(2))
     # 1 + 1 + 1 + 2 instances: seed 1 finds all five, seed 0 those of the first three instructions.
     assert more["figures"]["AP50"]["mean"] == pytest.approx((3 / 5 + 1) / 2)
-    assert more["by_instances"]["1"]["mean"] == 1.0 and more["by_instances"]["2"]["mean"] == 0.5
-    assert more["by_instances"]["3-4"] == {"mean": None, "deviation": None, "n": 0}
+    found_AP = more["by_instances"]["AP50"]
+    assert found_AP["1"]["mean"] == 1.0 and found_AP["2"]["mean"] == 0.5
+    assert found_AP["3-4"] == {"mean": None, "deviation": None, "n": 0}
+    assert more["by_kind"]["pair"]["mean"] == 0.5 and "" not in more["by_kind"]
+    # With seed 0 the instruction with two instances finds none of them.
+    assert more["by_instances"]["count_error"]["2"]["mean"] == (2 + 0) / 2
     assert plain["cost"]["seconds_per_step"]["mean"] == 0.3 and plain["cost"]["tokens_per_sample"]["mean"] == 25
     assert plain["cost"]["parameters"]["mean"] == 6
     row = more["against_default"]["giou"]
@@ -137,7 +142,7 @@ def test_files(ablation, output):
     tex = (output / "tables.tex").read_text()
     assert r"plain (default) & 2/2 & 0.375 $\pm$ 0.177 &" in tex
     assert r"error: 50\% of a\_b | is \& gone \\" in tex
-    assert tex.count(r"\begin{tabular}") == tex.count(r"\end{table}") == 5
+    assert tex.count(r"\begin{tabular}") == tex.count(r"\end{table}") == 8
     rows = list(csv.DictReader((output / "summary.csv").open()))
     assert [row["cell"] for row in rows] == ["plain", "more", "gone", "broken"]
     assert float(rows[1]["giou mean"]) == 0.875 and float(rows[1]["giou difference"]) == 0.5
@@ -150,14 +155,17 @@ def test_files(ablation, output):
 def test_plots(ablation, output):
     write_report(ablation, output, resamples=50)
     plots = {path.stem: ElementTree.parse(path).getroot() for path in (output / "plots").glob("*.svg")}
-    assert set(plots) == {"instances", "duplicates", "cost_time", "cost_parameters"}
+    assert set(plots) == {
+        *(f"{figure}_by_instances" for figure in ("AP50", "count_error", "duplicate_rate")),
+        *("duplicates", "cost_time", "cost_parameters"),
+    }
     svg = "{http://www.w3.org/2000/svg}"
     assert all(root.tag == f"{svg}svg" and root.find(f"{svg}style") is not None for root in plots.values())
-    texts = [node.text for node in plots["instances"].iter(f"{svg}text")]
+    texts = [node.text for node in plots["AP50_by_instances"].iter(f"{svg}text")]
     assert texts.index("1") < texts.index("2") and "3" not in texts, (
         "cells lie in the order of x; those without are out"
     )
-    lines = list(plots["instances"].iter(f"{svg}polyline"))
+    lines = list(plots["AP50_by_instances"].iter(f"{svg}polyline"))
     assert [line.find(f"{svg}title").text for line in lines] == ["1 inst.", "2 inst."]
     assert all(len(line.get("points").split()) == 2 for line in lines)
     assert {"plain", "more"} <= {node.text for node in plots["cost_time"].iter(f"{svg}text")}
