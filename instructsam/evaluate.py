@@ -1,6 +1,6 @@
 """Evaluate a checkpoint on a benchmark.
 
-    python -m instructsam.evaluate checkpoint=outputs/quickstart/checkpoint
+    python -m instructsam.evaluate checkpoint=checkpoints/tiny
     python -m instructsam.evaluate checkpoint=DIR benchmark=refcoco benchmark.split=[val,testA] device=cuda
     python -m instructsam.evaluate checkpoint=DIR benchmark=coco_instructions benchmark.root=data/mine limit=200
     accelerate launch --num_processes 8 -m instructsam.evaluate checkpoint=DIR benchmark=referring device=cuda

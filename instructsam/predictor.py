@@ -1,6 +1,6 @@
 """What a user holds: images and instructions in, predictions out.
 
-    predictor = Predictor.from_pretrained("outputs/quickstart/checkpoint")
+    predictor = Predictor.from_pretrained("checkpoints/tiny")
     prediction = predictor.segment("image.png", "the red circles")[0]
 
 ``decoding="released"`` answers as the released inference code does, see `models.decoding_rules`.

@@ -1,6 +1,6 @@
 """Segment one picture.
 
-    python -m instructsam.segment IMAGE "instruction" --checkpoint outputs/quickstart/checkpoint
+    python -m instructsam.segment IMAGE "instruction" --checkpoint outputs/tiny_stage2/checkpoint
     python -m instructsam.segment IMAGE --phrase "red circles" --phrase "blue squares"
     python -m instructsam.segment IMAGE "instruction" --decoding released --device cuda --dtype bfloat16
 
@@ -17,7 +17,7 @@ from pathlib import Path
 
 from instructsam.structures import Prediction
 
-DEFAULT_CHECKPOINT = "outputs/quickstart/checkpoint"
+DEFAULT_CHECKPOINT = "checkpoints/tiny"
 
 
 def as_json(prediction: Prediction, image: str, instruction: str | None) -> dict:

@@ -25,8 +25,12 @@ class QueryBoxHead(nn.Module):
 
     def forward(
         self, hidden: list[Tensor], boxes_PG4: Tensor, valid_PG: Tensor, counts: dict[str, Tensor]
-    ) -> dict[str, Tensor]:
-        """Loss terms of the hidden states (P, N, C) of several layers against boxes cxcywh in 0…1."""
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """Loss terms of the hidden states (P, N, C) of several layers against boxes cxcywh in 0…1.
+
+        Returns:
+            The terms, and the matching cost (P, N, G) by the last layer's boxes and objectness.
+        """
         total_box = boxes_PG4.new_zeros(())
         total_object = boxes_PG4.new_zeros(())
         outputs = [head(states).float() for head, states in zip(self.heads, hidden, strict=True)]
@@ -40,10 +44,11 @@ class QueryBoxHead(nn.Module):
             total_object = total_object + F.binary_cross_entropy_with_logits(output[..., 4], is_object, reduction="sum")
         layers = len(outputs)
         num_queries = outputs[0].shape[1]
-        return {
+        terms = {
             "query_box": total_box / counts["pairs"].clamp(min=1) / layers,
             "query_object": 2 * total_object / counts["phrases"].clamp(min=1) / num_queries / layers,
         }
+        return terms, costs[-1]
 
     @staticmethod
     @torch.no_grad()

@@ -92,7 +92,7 @@ class VLMPretraining(nn.Module):
         phrases = language.phrases
         hidden = language.query_states(self.num_layers)
         if self.query_head is not None:
-            boxes = self.query_head(hidden, batch["target_boxes"], batch["target_valid"], counts)
+            boxes, _ = self.query_head(hidden, batch["target_boxes"], batch["target_valid"], counts)
             terms |= {name: self.query_box_weight * value for name, value in boxes.items()}
         merge = model.config.vlm_config.vision_config.spatial_merge_size
         grid = batch["image_grid_thw"]

@@ -22,6 +22,8 @@ class InstructionObjective(nn.Module):
         query_box_weight: weight of a throw-away head that reads box and objectness off the query hidden states
             (0 = off, as in the release; it helps models that start from little).
         query_box_layers: how many of the last layers that head reads.
+        query_cost_weight: weight of that head's matching cost in the matching of the set losses, so that a query is
+            taught to find the instance that its hidden state is about (0 = off, as in the release).
     """
 
     def __init__(
@@ -31,12 +33,16 @@ class InstructionObjective(nn.Module):
         lm_weight: float = 1.0,
         query_box_weight: float = 0.0,
         query_box_layers: int = 3,
+        query_cost_weight: float = 0.0,
     ):
         super().__init__()
         self.model = model
         self.criterion = criterion
         self.lm_weight = lm_weight
+        if query_cost_weight > 0 and not query_box_weight > 0:
+            raise ValueError(f"query_cost_weight={query_cost_weight} needs the head of query_box_weight, which is off")
         self.query_box_weight = query_box_weight
+        self.query_cost_weight = query_cost_weight
         self.query_head = QueryBoxHead(model.config.hidden_size, query_box_layers) if query_box_weight > 0 else None
 
     def count_units(self, batch: dict[str, Any]) -> dict[str, float]:
@@ -60,9 +66,11 @@ class InstructionObjective(nn.Module):
         model, hidden_BLC = self.model, output.language.hidden_BLC
         targets = answer_targets(batch, model.config.token_ids)
         terms = {"language": self.lm_weight * answer_loss(hidden_BLC, targets, model.lm_logits, counts["tokens"])}
-        terms |= self.criterion(output.detections, batch, counts)
+        cost_bias = None
         if self.query_head is not None:
             hidden = output.language.query_states(len(self.query_head.heads))
-            boxes = self.query_head(hidden, batch["target_boxes"], batch["target_valid"], counts)
+            boxes, cost_PNG = self.query_head(hidden, batch["target_boxes"], batch["target_valid"], counts)
             terms |= {name: self.query_box_weight * value for name, value in boxes.items()}
-        return terms
+            if self.query_cost_weight > 0:
+                cost_bias = self.query_cost_weight * cost_PNG
+        return terms | self.criterion(output.detections, batch, counts, cost_bias=cost_bias)

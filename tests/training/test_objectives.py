@@ -189,3 +189,25 @@ def test_a_rank_without_a_picture_does_not_hang(checkpoint, world, tmp_path, wha
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
         assert a["terms"] == pytest.approx(b["terms"], rel=1e-3, abs=1e-5)
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
+
+
+def test_the_query_head_takes_part_in_the_matching(tiny, world):
+    model, processor = tiny
+    batch = processor.collate([processor.encode_sample(s, True) for s in read_coco_instructions(world, "train")[:2]])
+    seen = []
+
+    class Spy(SetCriterion):
+        def forward(self, *args, cost_bias=None, **kwargs):
+            seen.append(cost_bias)
+            return super().forward(*args, cost_bias=cost_bias, **kwargs)
+
+    terms = {}
+    for weight in (0.0, 2.0):
+        torch.manual_seed(0)
+        terms[weight] = run(InstructionObjective(model, Spy(FULL), 1.0, 0.5, query_cost_weight=weight), batch)
+    assert seen[0] is None
+    assert seen[1].shape == (*seen[1].shape[:1], model.config.num_queries, batch["target_valid"].shape[1])
+    assert terms[0.0]["query_box"].item() == terms[2.0]["query_box"].item()
+    assert terms[0.0]["mask_bce"].item() < terms[2.0]["mask_bce"].item(), "matched by masks alone, masks are nearer"
+    with pytest.raises(ValueError, match="needs the head of query_box_weight"):
+        InstructionObjective(model, SetCriterion(FULL), query_cost_weight=1.0)
