@@ -2,7 +2,7 @@
 
     python -m instructsam.train                                    # the tiny world on a CPU, from scratch
     python -m instructsam.train experiment=tiny_world              # on top of the pretrained parts in checkpoints/
-    python -m instructsam.train experiment=tiny_stage1             # what made checkpoints/tiny, and tiny_stage2 after it
+    python -m instructsam.train experiment=tiny_stage1             # what made checkpoints/tiny, with tiny_stage2
     python -m instructsam.train experiment=stage1                  # the release's recipe on Qwen3-VL-2B and SAM 3
     bash scripts/launch/one_node.sh zero1 experiment=stage1        # all GPUs of a machine; README, "Train"
     python -m instructsam.train debug=limit                        # two steps of everything; overfit, profile

@@ -25,8 +25,8 @@ from instructsam.processing.processor import InstructSAMProcessor
 from instructsam.structures import PhraseTarget, Sample, Turn
 
 CATEGORY = "category"
-MAX_SHARED = 6
-"""Objects of one kind, colour, ... are counted up to so many."""
+MAX_PLACE = 6
+"""Objects of a group are counted, and counted off, up to so many."""
 
 
 def attribute_values(samples: Iterable[Sample]) -> dict[str, list[str]]:
@@ -106,20 +106,41 @@ class GroundedDataset(InstructionDataset):
         ]
         attributes_OA = torch.tensor([[0] * len(self.values), *rows])
         item["object_attributes"] = attributes_OA
-        shared_OA = (attributes_OA[:, None] == attributes_OA).sum(0).clamp(max=MAX_SHARED)
-        item["object_shared"] = shared_OA * (attributes_OA > 0)
         boxes = torch.tensor([[0.0] * 4, *(thing["bbox"] for thing in asked.objects)])
         boxes = boxes / torch.tensor([asked.width, asked.height] * 2)
         boxes[:, :2] += boxes[:, 2:] / 2
         item["object_boxes"] = boxes
+        item["object_places"] = places_of(attributes_OA[1:], boxes[1:, :2])
         generic = [False] * (len(item["targets"]) - self.num_generic) + [True] * self.num_generic
         item["generic"] = generic
         return item
 
 
+def num_places(num_attributes: int) -> int:
+    """Labels of an object in `places_of`."""
+    return 3 * (2 * num_attributes)
+
+
+def places_of(attributes_OA: Tensor, centres_O2: Tensor) -> Tensor:
+    """How each object stands among those like it: (1 + O, num_places(A)) int64, row 0 (background) zeros.
+
+    Groups are all objects, those that share an attribute, and those that share the first attribute and another. Three
+    labels a group, from 1 to MAX_PLACE: how many objects are in it, and the object's place in it from the left and from
+    the top, by the centres of their boxes.
+    """
+    same_OOA = attributes_OA[:, None] == attributes_OA
+    everything_OO1 = torch.ones_like(same_OOA[..., :1])
+    groups_OOK = torch.cat([everything_OO1, same_OOA, same_OOA[..., :1] & same_OOA[..., 1:]], -1)
+    before_OO2 = centres_O2 < centres_O2[:, None]
+    labels = [groups_OOK, *(groups_OOK & before_OO2[..., axis, None] for axis in range(2))]
+    size_OK, left_OK, top_OK = (found.sum(1) for found in labels)
+    places = torch.cat([size_OK, left_OK + 1, top_OK + 1], -1).clamp(max=MAX_PLACE)
+    return torch.cat([places.new_zeros(1, places.shape[1]), places])
+
+
 def collate_grounded(processor: InstructSAMProcessor, items: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The processor's batch plus object_map (B, H, W), object_boxes (B, O, 4), generic P, object_attributes (B, O, A)
-    and object_shared (B, O, A), how many of the picture's objects have the same value.
+    """The processor's batch plus object_map (B, H, W), object_attributes (B, O, A), object_boxes (B, O, 4), generic P,
+    and object_places (B, O, …), see `places_of`.
 
     Raises:
         ValueError: images of different sizes (pretraining is for a world of one size).
@@ -134,7 +155,7 @@ def collate_grounded(processor: InstructSAMProcessor, items: Sequence[dict[str, 
 
     batch["object_map"] = torch.stack(maps)
     batch["object_attributes"] = stack("object_attributes")
-    batch["object_shared"] = stack("object_shared")
+    batch["object_places"] = stack("object_places")
     batch["object_boxes"] = stack("object_boxes")
     batch["generic"] = torch.tensor([flag for item in items for flag in item["generic"]], dtype=torch.bool)
     return batch

@@ -15,7 +15,7 @@ from instructsam.losses.criterion import count_targets
 from instructsam.losses.language import answer_loss, answer_targets
 from instructsam.losses.query_head import QueryBoxHead
 from instructsam.models.modeling import InstructSAM
-from instructsam.pretraining.dataset import MAX_SHARED
+from instructsam.pretraining.dataset import MAX_PLACE, num_places
 from instructsam.pretraining.heads import DenseHead, PointerHead, cell_targets
 
 
@@ -28,9 +28,9 @@ class VLMPretraining(nn.Module):
         lm_weight: weight of the language loss.
         num_layers: how many of the last layers' hidden states the query heads read.
         pointer_weight: weight of the loss on which image cells a phrase means.
-        shared_weight: weight of the loss on how many objects share each attribute of a cell's object, read off image
-            tokens before the first layer. The vision tower sees the whole picture, while image tokens of the language
-            model see only those before them.
+        place_weight: weight of the loss on how a cell's object stands among those like it (`places_of`), read off the
+            image tokens before the first layer. The vision tower sees the whole picture, while image tokens of the
+            language model see only those before them.
         query_box_weight: weight of the losses on box and objectness of every query. With 0 the queries of a phrase are
             taught together only, which says nothing about how they share out its instances.
     """
@@ -43,7 +43,7 @@ class VLMPretraining(nn.Module):
         num_layers: int = 3,
         pointer_weight: float = 10.0,
         query_box_weight: float = 1.0,
-        shared_weight: float = 0.0,
+        place_weight: float = 0.0,
     ):
         super().__init__()
         self.model = model
@@ -52,11 +52,11 @@ class VLMPretraining(nn.Module):
         self.pointer_heads = nn.ModuleList(PointerHead(model.config.hidden_size) for _ in range(num_layers))
         # What a cell shows must be known before the first layer, so that words can be compared with it, and at the end.
         self.image_heads = nn.ModuleList(DenseHead(model.config.hidden_size, attribute_sizes) for _ in range(2))
-        self.shared_weight = shared_weight
-        self.shared_head = None
-        if shared_weight > 0:
-            sizes = [MAX_SHARED] * len(attribute_sizes)
-            self.shared_head = DenseHead(model.config.hidden_size, sizes, with_box=False)
+        self.place_weight = place_weight
+        self.place_head = None
+        if place_weight > 0:
+            sizes = [MAX_PLACE] * num_places(len(attribute_sizes))
+            self.place_head = DenseHead(model.config.hidden_size, sizes, with_box=False)
         self.lm_weight = lm_weight
         self.pointer_weight = pointer_weight
         self.num_layers = num_layers
@@ -118,8 +118,8 @@ class VLMPretraining(nn.Module):
             strict=True,
         ):
             terms[name] = head(cells_of(states), labels, boxes, cells)
-        if self.shared_head is not None:
-            counts_BHWA, _ = cell_targets(batch["object_map"], batch["object_shared"], boxes_BO4, (height, width))
-            spread = self.shared_head(cells_of(language.all_hidden[0]), counts_BHWA, boxes, cells)
-            terms["shared"] = self.shared_weight * spread
+        if self.place_head is not None:
+            places, _ = cell_targets(batch["object_map"], batch["object_places"], boxes_BO4, (height, width))
+            error = self.place_head(cells_of(language.all_hidden[0]), places, boxes, cells)
+            terms["places"] = self.place_weight * error / len(self.place_head.sizes)
         return terms
