@@ -27,12 +27,14 @@ from instructsam.training.build import build_task
 from instructsam.training.evaluating import periodic_evaluation
 
 GOLDEN_LOSSES = Path(__file__).parent / "golden" / "tiny_losses.json"
-RUNS = ("tiny_detector", "tiny_vlm", "tiny_world")
+RUNS = ("tiny_detector", "tiny_vlm", "tiny_stage1", "tiny_stage2")
 
 
 def run_settings(experiment: str, world: Path, output: Path, *more: str) -> dict:
     init = []
-    if experiment == "tiny_world":
+    if experiment == "tiny_stage2":
+        init = [f"model.checkpoint={output / 'tiny_stage1' / 'checkpoint'}"]
+    if experiment == "tiny_stage1":
         init = [
             f"model.init.0.checkpoint={output / 'tiny_detector' / 'checkpoint'}",
             f"model.init.1.checkpoint={output / 'tiny_vlm' / 'checkpoint'}",
@@ -54,7 +56,7 @@ def run_settings(experiment: str, world: Path, output: Path, *more: str) -> dict
 
 @pytest.fixture(scope="module")
 def chain(world, tmp_path_factory) -> Path:
-    """The quickstart's three runs, three steps each."""
+    """The runs that the tiny model is made by, three steps each."""
     output = tmp_path_factory.mktemp("chain")
     for experiment in RUNS:
         assert train(run_settings(experiment, world, output))["status"] == "complete"
@@ -78,21 +80,24 @@ def test_losses_have_not_changed(chain):
 
 def test_the_chain_hands_its_parts_on(chain):
     weights = {name: Predictor.from_pretrained(chain / name / "checkpoint").model.state_dict() for name in RUNS}
-    for key, tensor in weights["tiny_world"].items():
-        if key.startswith(("detector.", "phrase_projector.")):
-            assert torch.equal(tensor, weights["tiny_detector"][key]), key
-    moved = [k for k in weights["tiny_world"] if not torch.equal(weights["tiny_world"][k], weights["tiny_vlm"][k])]
-    assert any(key.startswith("vlm.") for key in moved)
-    assert any(key.startswith("query_projector.") for key in moved)
+
+    def moved(later: str, earlier: str) -> set[str]:
+        """Modules that differ."""
+        pairs = ((key, tensor, weights[earlier][key]) for key, tensor in weights[later].items())
+        return {key.split(".")[0] for key, one, other in pairs if not torch.equal(one, other)}
+
+    assert moved("tiny_stage1", "tiny_detector") == {"vlm", "query_bank", "query_projector"}
+    assert moved("tiny_stage1", "tiny_vlm") == {"detector", "phrase_projector", "query_projector"}
+    assert moved("tiny_stage2", "tiny_stage1") == {"vlm", "query_bank", "query_projector"}
     embeddings = "vlm.language_model.embed_tokens.weight"
-    assert torch.equal(weights["tiny_detector"][embeddings], weights["tiny_world"][embeddings])
+    assert torch.equal(weights["tiny_detector"][embeddings], weights["tiny_stage2"][embeddings])
 
 
 def test_evaluate_writes_everything(chain, world, capsys):
     folder = chain / "evaluation"
     settings = settings_of(
         "eval",
-        f"checkpoint={chain / 'tiny_world' / 'checkpoint'}",
+        f"checkpoint={chain / 'tiny_stage2' / 'checkpoint'}",
         f"benchmark.root={world}",
         f"output_dir={folder}",
         "limit=20",

@@ -58,8 +58,9 @@ def train(output: Path, data: Path, *overrides: str, engine: str = "", processes
     launcher = [] if processes == 1 else ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     if processes == 1:
         program = ["-m", "instructsam.train"]
-    command = [sys.executable, *launcher, *program, "experiment=tiny_world", f"data.root={data}", "model.init=[]"]
-    command += ["optim.freeze=[embed_tokens]", f"output_dir={output}", "trainer.log_every=1", *overrides]
+    command = [sys.executable, *launcher, *program, "experiment=tiny_stage2", f"data.root={data}"]
+    command += ["model.checkpoint=null", f"model.tokenizer={data}/tokenizer", "optim.freeze=[embed_tokens]"]
+    command += [f"output_dir={output}", "trainer.log_every=1", *overrides]
     result = subprocess.run(
         command, cwd=REPOSITORY, env=environment(engine), capture_output=True, text=True, check=False, timeout=400
     )
