@@ -68,7 +68,7 @@ def _print(ablation: Ablation, output: str) -> None:
         status, reason = status_of(ablation, output, cell, seed)
         if status != COMPLETE:
             print(f"{cell.name}/{seed}: {status}: {reason}")
-    print(f"written to {output}: report.md, tables.tex, summary.csv, cells.csv, figures.json, plots/")
+    print(f"written to {output}: report.md, tables.tex, summary.csv, cells.csv, figures.json, records.parquet, plots/")
 
 
 @hydra.main(config_path=CONFIGS, config_name="ablate", version_base="1.3")

@@ -1,91 +1,149 @@
-"""The plots of an ablation as SVG files that stand alone: AP against the number by instances, duplicates, cost."""
+"""The plots of an ablation as SVG files, drawn by matplotlib (extra ``plots``).
+
+Figures by number of true instances, duplicates, and cost against accuracy; whiskers are deviations over seeds.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import importlib.util
+import io
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
-from xml.etree import ElementTree
 
-from instructsam.evaluation.charts import bar_chart, line_chart, scatter_chart
-from instructsam.evaluation.markup import Node, node
 from instructsam.evaluation.tables import label
 from instructsam.training.files import replace_text
 
-_COLOURS = ("#3b6fd4", "#d9822b", "#2f9461", "#a04fb5", "#c0392b")
-_STYLE = "\n".join(
-    [
-        "svg { background: #ffffff; font-family: system-ui, sans-serif; }",
-        "text { fill: #5b636d; font-size: 11px; text-anchor: middle; } text.y { text-anchor: end; }",
-        ".grid { stroke: #d5d9de; } .bar, .dot { fill: currentColor; } .bar { opacity: 0.75; }",
-        ".line { fill: none; stroke: currentColor; stroke-width: 2; } .whisker { stroke: currentColor; }",
-        *(f".series-{number} {{ color: {colour}; }}" for number, colour in enumerate(_COLOURS)),
-    ]
-)
+MISSING = "no plots: matplotlib is not installed (pip install -c constraints.txt -e '.[plots]')"
+_SETTINGS: Any = {
+    "svg.hashsalt": "instructsam",  # the same numbers give the same file
+    "svg.fonttype": "none",
+    "font.family": "sans-serif",
+    "font.size": 9.0,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#dddddd",
+}
+_WIDTH, _HEIGHT = 6.4, 3.4  # inches
+
+Pair = tuple[float, float]
+"""Mean and deviation."""
 
 
 def write_plots(found: Mapping[str, Any], folder: Path) -> dict[str, str]:
-    """Write what can be drawn of `report.collect`'s numbers; returns file name -> title."""
-    charts = {f"{figure}_by_instances": by_instances(found, figure) for figure in found["grouped_figures"]}
-    charts |= {"duplicates": duplicates(found)}
-    charts |= {"cost_time": cost(found, "seconds_per_step", "seconds a step")}
-    charts |= {"cost_parameters": cost(found, "parameters", "parameters")}
+    """Write what can be drawn of `report.collect`'s numbers; returns file name -> title. Without matplotlib none."""
+    if importlib.util.find_spec("matplotlib") is None:
+        print(MISSING)
+        return {}
+    import matplotlib
+
+    plots: dict[str, Callable[[Any], str | None]] = {
+        f"{figure}_by_instances": lambda axes, figure=figure: _by_instances(axes, found, figure)  # type: ignore[misc]
+        for figure in found["grouped_figures"]
+    }
+    plots |= {"duplicates": lambda axes: _duplicates(axes, found)}
+    plots |= {"cost_time": lambda axes: _cost(axes, found, "seconds_per_step", "seconds a step")}
+    plots |= {"cost_parameters": lambda axes: _cost(axes, found, "parameters", "parameters")}
     written = {}
-    for name, chart in charts.items():
-        path = folder / f"{name}.svg"
-        if chart is None:
-            path.unlink(missing_ok=True)  # of an earlier report
-            continue
-        chart.set("xmlns", "http://www.w3.org/2000/svg")
-        chart.insert(0, node("style", _STYLE))
-        replace_text(path, ElementTree.tostring(chart, encoding="unicode") + "\n")
-        written[path.name] = chart.get("aria-label", name)
+    with matplotlib.rc_context(_SETTINGS):
+        for name, draw in plots.items():
+            path = folder / f"{name}.svg"
+            title = _write(draw, path)
+            if title is None:
+                path.unlink(missing_ok=True)  # of an earlier report
+            else:
+                written[path.name] = title
     return written
 
 
-def by_instances(found: Mapping[str, Any], figure: str) -> Node | None:
-    """A figure against the cells' number (or cell by cell), a line for every number of true instances."""
-    cells = {name: cell for name, cell in found["cells"].items() if cell["by_instances"][figure]}
-    if found["x_name"]:
-        placed = [item for item in cells.items() if item[1]["x"] is not None]
-        cells = dict(sorted(placed, key=lambda item: item[1]["x"]))
+def _write(draw: Callable[[Any], str | None], path: Path) -> str | None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(_WIDTH, _HEIGHT), layout="constrained")
+    title = draw(figure.add_subplot())
+    if title is not None:
+        text = io.StringIO()
+        figure.savefig(text, format="svg", metadata={"Date": None, "Title": title})
+        lines = (line.rstrip() for line in text.getvalue().splitlines())
+        replace_text(path, "\n".join(lines) + "\n")
+    return title
+
+
+def _by_instances(axes: Any, found: Mapping[str, Any], figure: str) -> str | None:
+    """Lines over the cells' number, one for each number of true instances; without such, bars for each cell."""
+    cells = {name: cell["by_instances"][figure] for name, cell in found["cells"].items()}
+    cells = {name: groups for name, groups in cells.items() if any(map(_pair, groups.values()))}
     if not cells:
         return None
-    names = [f"{cell['x']:g}" if found["x_name"] else name for name, cell in cells.items()]
-    groups = next(iter(cells.values()))["by_instances"][figure]
-    series = {group: [_pair(cell["by_instances"][figure][group]) for cell in cells.values()] for group in groups}
-    series = {f"{group} inst.": values for group, values in series.items() if any(values)}
-    if not series:
-        return None
-    x_name = found["x_name"] or "cell"
-    title = f"{label(figure)} against {x_name} by number of true instances"
-    highest = 1.0 if figure.startswith("AP") else _highest(pair for values in series.values() for pair in values)
-    return line_chart(title, x_name, label(figure), names, series, highest)
+    groups = list(next(iter(cells.values())))
+    axes.set_ylabel(label(figure))
+    if not found["x_name"]:
+        rows = {name: [_pair(spreads[group]) for group in groups] for name, spreads in cells.items()}
+        _grouped_bars(axes, groups, rows)
+        axes.set_xlabel("true instances")
+        return f"{label(figure)} by number of true instances"
+    x_of = {name: found["cells"][name]["x"] for name in cells}
+    names = sorted((name for name in cells if x_of[name] is not None), key=lambda name: x_of[name])
+    for group in groups:
+        known = [(k, pair) for k, name in enumerate(names) if (pair := _pair(cells[name][group]))]
+        if known:
+            places, pairs = zip(*known, strict=True)
+            means, deviations = zip(*pairs, strict=True)
+            axes.errorbar(places, means, deviations, marker="o", markersize=4, capsize=2, label=group)
+    axes.set_xticks(range(len(names)), [f"{x_of[name]:g}" for name in names])
+    axes.set_xlabel(found["x_name"])
+    axes.set_ylim(bottom=0)
+    axes.get_figure().legend(title="true instances", loc="outside right upper", frameon=False)
+    return f"{label(figure)} against {found['x_name']} by number of true instances"
 
 
-def duplicates(found: Mapping[str, Any]) -> Node | None:
-    """The duplicate rate of every cell."""
+def _grouped_bars(axes: Any, groups: Sequence[str], rows: Mapping[str, Sequence[Pair | None]]) -> None:
+    width = 0.85 / len(rows)
+    for number, (name, pairs) in enumerate(rows.items()):
+        known = [(k + (number + 0.5) * width - 0.425, *pair) for k, pair in enumerate(pairs) if pair]
+        places, means, deviations = zip(*known, strict=True)
+        axes.bar(places, means, width, yerr=deviations, label=name, error_kw={"elinewidth": 0.8})
+    axes.set_xticks(range(len(groups)), groups)
+    axes.set_ylim(bottom=0)
+    axes.grid(visible=False, axis="x")
+    axes.get_figure().legend(loc="outside right upper", frameon=False)
+
+
+def _duplicates(axes: Any, found: Mapping[str, Any]) -> str | None:
+    """A bar a cell, the first on top."""
     bars = {name: _pair(cell["figures"].get("duplicate_rate")) for name, cell in found["cells"].items()}
-    if not any(bars.values()):
+    known = {name: pair for name, pair in bars.items() if pair}
+    if not known:
         return None
-    return bar_chart("Duplicate rate by cell", "cell", "duplicate rate", bars, _highest(bars.values()))
+    means, deviations = zip(*known.values(), strict=True)
+    axes.barh(list(known), means, xerr=deviations, height=0.6, error_kw={"elinewidth": 0.8})
+    axes.invert_yaxis()
+    axes.set_xlim(left=0)
+    axes.set_xlabel("duplicate rate")
+    axes.grid(visible=False, axis="y")
+    return "Duplicate rate by cell"
 
 
-def cost(found: Mapping[str, Any], key: str, name: str) -> Node | None:
-    """The first figure of every cell against one of its costs."""
-    figure = found["figures"][0]
-    points = {}
+def _cost(axes: Any, found: Mapping[str, Any], key: str, name: str) -> str | None:
+    """The first figure of every cell with a training of its own, against one of its costs."""
+    figure, drawn = found["figures"][0], 0
     for cell_name, cell in found["cells"].items():
         spent, pair = cell["cost"][key]["mean"], _pair(cell["figures"][figure])
-        if spent is not None and pair is not None:
-            points[cell_name] = (spent, *pair)
-    return scatter_chart(f"{label(figure)} against {name}", name, label(figure), points) if points else None
+        if spent is not None and pair is not None and cell.get("trained_as") is None:
+            marker = "osDv^P*X"[drawn % 8]
+            axes.errorbar(spent, pair[0], pair[1], marker=marker, linestyle="", capsize=2, label=cell_name)
+            drawn += 1
+    if not drawn:
+        return None
+    axes.set_xlabel(name)
+    axes.set_ylabel(label(figure))
+    axes.ticklabel_format(axis="x", style="plain", useOffset=False)
+    axes.tick_params(axis="x", rotation=20 if key == "parameters" else 0)
+    axes.get_figure().legend(loc="outside right upper", frameon=False)
+    return f"{label(figure)} against {name}"
 
 
-def _highest(pairs: Iterable[tuple[float, float | None] | None]) -> float:
-    """Where an axis ends that starts at 0."""
-    return max([value + (deviation or 0.0) for value, deviation in filter(None, pairs)] + [0.01])
-
-
-def _pair(spread: Mapping[str, Any] | None) -> tuple[float, float | None] | None:
-    return None if spread is None or spread["mean"] is None else (spread["mean"], spread["deviation"])
+def _pair(spread: Mapping[str, Any] | None) -> Pair | None:
+    return None if spread is None or spread["mean"] is None else (spread["mean"], spread["deviation"] or 0.0)

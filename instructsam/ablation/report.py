@@ -1,7 +1,7 @@
 """The report of an ablation, from the records that its cells left: whatever is there, and what is not, with the reason.
 
 Files in the output folder: report.md, tables.tex, summary.csv (a row a cell), cells.csv (a row a cell and seed),
-figures.json (all numbers), plots/*.svg.
+figures.json (all numbers), records.parquet (every instruction of every run), plots/*.svg.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any
 from instructsam.ablation.cells import Ablation
 from instructsam.ablation.cost import COSTS, cost_of
 from instructsam.ablation.plots import write_plots
+from instructsam.ablation.raw import write_raw
 from instructsam.ablation.state import COMPLETE, Place, status_of
 from instructsam.ablation.statistics import CONVENTIONS, by_instances, by_kind, paired, spread_of
 from instructsam.evaluation import bootstrap
@@ -39,8 +40,10 @@ def write_report(ablation: Ablation, output: str | Path, resamples: int = bootst
         ValueError: a figure that is unknown, cells evaluated by different rules or on other instructions, or records
             that cannot be read.
     """
-    found = collect(ablation, output, resamples)
     output = Path(output)
+    runs = load_runs(ablation, output)
+    found = collect(ablation, output, runs, resamples)
+    write_raw(runs, output / "records.parquet")
     plots = write_plots(found, output / "plots")
     replace_text(output / "figures.json", json.dumps(found, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
     tables = tables_of(found)
@@ -51,25 +54,35 @@ def write_report(ablation: Ablation, output: str | Path, resamples: int = bootst
     return found
 
 
-def collect(ablation: Ablation, output: str | Path, resamples: int) -> dict[str, Any]:
+def load_runs(ablation: Ablation, output: Path) -> dict[str, dict[int, Measurements]]:
+    """Cell -> seed -> measured records of what is complete, all on the same instructions in the same order."""
+    runs: dict[str, dict[int, Measurements]] = {name: {} for name in ablation.cells}
+    first: Run | None = None
+    for name, cell in ablation.cells.items():
+        for seed in ablation.seeds:
+            if status_of(ablation, output, cell, seed)[0] == COMPLETE:
+                run = load_run(Place.of(output, cell, seed).eval / "metrics.json")
+                first = first or run
+                check_rules(first, run)
+                runs[name][seed] = measure(aligned_records(first, run), run.score_threshold, run.min_area)
+    return runs
+
+
+def collect(
+    ablation: Ablation, output: Path, runs: Mapping[str, Mapping[int, Measurements]], resamples: int
+) -> dict[str, Any]:
     """All numbers of the report."""
     for figure in (*ablation.figures, *GROUPED_FIGURES):
         if not bootstrap.is_known(figure):
             raise ValueError(f"ablation.figures: {figure!r} is no figure that can be resampled; see evaluation.metrics")
-    runs: dict[str, dict[int, Measurements]] = {name: {} for name in ablation.cells}
     cells: dict[str, Any] = {}
-    first: Run | None = None
     for name, cell in ablation.cells.items():
         per_seed = {}
         for seed in ablation.seeds:
             status, reason = status_of(ablation, output, cell, seed)
             entry: dict[str, Any] = {"status": status, "reason": reason}
             if status == COMPLETE:
-                run = load_run(Place.of(output, cell, seed).eval / "metrics.json")
-                first = first or run
-                check_rules(first, run)
-                measured = measure(aligned_records(first, run), run.score_threshold, run.min_area)
-                runs[name][seed] = measured
+                measured = runs[name][seed]
                 overall = summarise(measured)
                 entry["figures"] = {figure: value_of(overall, figure) for figure in ablation.figures}
                 entry["by_instances"] = by_instances(measured, GROUPED_FIGURES)
@@ -89,7 +102,7 @@ def collect(ablation: Ablation, output: str | Path, resamples: int) -> dict[str,
         "seeds": list(ablation.seeds),
         "figures": list(ablation.figures),
         "grouped_figures": list(GROUPED_FIGURES),
-        "num_instructions": len(first.records) if first else 0,
+        "num_instructions": max((len(one) for seeds in runs.values() for one in seeds.values()), default=0),
         "cells": cells,
         "conventions": {**CONVENTIONS, "resamples": resamples},
     }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -74,89 +74,10 @@ def share_chart(title: str, x_name: str, y_name: str, names: Sequence[str], shar
     return picture
 
 
-def line_chart(
-    title: str,
-    x_name: str,
-    y_name: str,
-    names: Sequence[str],
-    series: Mapping[str, Sequence[tuple[float, float | None] | None]],
-    highest: float = 1.0,
-) -> Node:
-    """A line a series over equally spaced places: a value (0…highest) with its deviation, or None where there is none.
-
-    Lines are of classes series-0, series-1, ... and named at their right end.
-    """
-    slot, scale = 1 / len(names), 1 / max(highest, 1e-9)
-    picture = _frame(title, x_name, y_name, [(name, (k + 0.5) * slot) for k, name in enumerate(names)], _steps(highest))
-    for number, (name, values) in enumerate(series.items()):
-        known = [((k + 0.5) * slot, *value) for k, value in enumerate(values) if value is not None]
-        path = " ".join(f"{_x(x)},{_y(y * scale)}" for x, y, _ in known)
-        picture.append(node("polyline", node("title", name), points=path, class_=f"line series-{number}"))
-        for x, y, deviation in known:
-            label = node("title", f"{name}: {y:.3f}" + ("" if deviation is None else f" ± {deviation:.3f}"))
-            if deviation:
-                picture.append(_whisker(x, y * scale, deviation * scale, number))
-            picture.append(node("circle", label, cx=_x(x), cy=_y(y * scale), r=3, class_=f"dot series-{number}"))
-        if known:
-            x, y = known[-1][:2]
-            picture.append(node("text", name, x=_x(x) + 6, y=_y(y * scale) - 6, class_="value name"))
-    return picture
-
-
-def bar_chart(
-    title: str, x_name: str, y_name: str, bars: Mapping[str, tuple[float, float | None] | None], highest: float
-) -> Node:
-    """A bar a name: a value (0…highest) with its deviation; None leaves the place empty."""
-    slot, scale = 1 / len(bars), 1 / max(highest, 1e-9)
-    picture = _frame(title, x_name, y_name, [(name, (k + 0.5) * slot) for k, name in enumerate(bars)], _steps(highest))
-    for number, (name, bar) in enumerate(bars.items()):
-        if bar is None:
-            continue
-        value, deviation = bar
-        label = f"{name}: {value:.3f}" + ("" if deviation is None else f" ± {deviation:.3f}")
-        picture.append(_bar(label, (number + 0.15) * slot, 0.7 * slot, value * scale))
-        if deviation:
-            picture.append(_whisker((number + 0.5) * slot, value * scale, deviation * scale, 0))
-    return picture
-
-
-def scatter_chart(
-    title: str, x_name: str, y_name: str, points: Mapping[str, tuple[float, float, float | None]]
-) -> Node:
-    """A named dot each: x from 0 on, y (0…1), and the deviation of y."""
-    highest = 1.1 * max([x for x, _, _ in points.values()], default=1.0) or 1.0
-    x_steps = [(_amount(highest * part), part) for part in (0, 0.5, 1)]
-    picture = _frame(title, x_name, y_name, x_steps, _fractions())
-    for name, (x, y, deviation) in points.items():
-        label = node("title", f"{name}: {x_name} {x:.4g}, {y_name} {y:.3f}")
-        if deviation:
-            picture.append(_whisker(x / highest, y, deviation, 0))
-        picture.append(node("circle", label, cx=_x(x / highest), cy=_y(y), r=4, class_="dot series-0"))
-        picture.append(node("text", name, x=_x(x / highest), y=_y(y) - 8, class_="value"))
-    return picture
-
-
 def _bar(label: str, start: float, width: float, height: float, series: int = 0) -> Node:
     """A bar that stands on the axis; places and sizes in 0…1."""
     size = {"x": _x(start), "y": _y(height), "width": width * INNER_WIDTH, "height": _y(0) - _y(height)}
     return node("rect", node("title", label), class_=f"bar series-{series}", **size)
-
-
-def _steps(highest: float) -> list[tuple[str, float]]:
-    """Marks of an axis from 0 to there."""
-    return _fractions() if highest == 1.0 else [(f"{highest * part:.3g}", part) for part in (0, 0.5, 1)]
-
-
-def _whisker(x: float, y: float, deviation: float, series: int) -> Node:
-    low, high = max(y - deviation, 0.0), min(y + deviation, 1.0)
-    return node("line", x1=_x(x), x2=_x(x), y1=_y(low), y2=_y(high), class_=f"whisker series-{series}")
-
-
-def _amount(value: float) -> str:
-    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if value >= size:
-            return f"{value / size:.3g}{unit}"
-    return f"{value:.3g}"
 
 
 def _frame(

@@ -10,6 +10,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 from instructsam import masks
@@ -160,15 +161,34 @@ def test_plots(ablation, output):
         *("duplicates", "cost_time", "cost_parameters"),
     }
     svg = "{http://www.w3.org/2000/svg}"
-    assert all(root.tag == f"{svg}svg" and root.find(f"{svg}style") is not None for root in plots.values())
+    assert all(root.tag == f"{svg}svg" for root in plots.values())
     texts = [node.text for node in plots["AP50_by_instances"].iter(f"{svg}text")]
-    assert texts.index("1") < texts.index("2") and "3" not in texts, (
-        "cells lie in the order of x; those without are out"
-    )
-    lines = list(plots["AP50_by_instances"].iter(f"{svg}polyline"))
-    assert [line.find(f"{svg}title").text for line in lines] == ["1 inst.", "2 inst."]
-    assert all(len(line.get("points").split()) == 2 for line in lines)
+    assert texts[:3] == ["1", "2", "N"], "cells lie in the order of x; those without results are out"
+    assert texts[-3:] == ["true instances", "1", "2"], "the legend has the numbers of instances that there are"
     assert {"plain", "more"} <= {node.text for node in plots["cost_time"].iter(f"{svg}text")}
+    again = {path: path.read_bytes() for path in (output / "plots").glob("*.svg")}
+    write_report(ablation, output, resamples=50)
+    assert again == {path: path.read_bytes() for path in (output / "plots").glob("*.svg")}
+
+
+def test_figures_follow_from_the_raw_records(ablation, output):
+    found = write_report(ablation, output, resamples=20)
+    rows = pq.read_table(output / "records.parquet").to_pylist()
+    assert len(rows) == 4 * 4 and {row["cell"] for row in rows} == {"plain", "more"}
+    for cell, seed in (("plain", 0), ("more", 1)):
+        own = [row for row in rows if (row["cell"], row["seed"]) == (cell, seed)]
+        figures = found["cells"][cell]["seeds"][str(seed)]["figures"]
+        assert figures["giou"] == pytest.approx(np.mean([row["iou"] for row in own]))
+        hits = sum(count > 0 for row in own for count in row["hits"])
+        assert figures["AP50"] == pytest.approx(hits / sum(row["truths"] for row in own)), "every prediction is a hit"
+        assert all(len(row["scores"]) == len(row["hits"]) == row["kept"] for row in own)
+
+
+def test_without_matplotlib_there_is_a_report_without_plots(ablation, output, monkeypatch, capsys):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    write_report(ablation, output, resamples=20)
+    assert "matplotlib is not installed" in capsys.readouterr().out
+    assert "## Plots" not in (output / "report.md").read_text() and not (output / "plots").exists()
 
 
 def test_nothing_there_yet(ablation, tmp_path):
