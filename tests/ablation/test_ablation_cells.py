@@ -9,7 +9,10 @@ from tiny_fixtures import CONFIGS, settings_of
 
 from instructsam.ablation.cells import parse
 from instructsam.ablation.plan import filled, planned
+from instructsam.losses.criterion import CriterionConfig, SetCriterion
 from instructsam.models.attention_mask import VARIANTS
+from instructsam.predictor import Predictor
+from instructsam.training.objectives import InstructionObjective
 
 GOOD = {
     "name": "toy",
@@ -110,13 +113,19 @@ def test_folders_with_odd_names_come_through():
 
 
 @pytest.mark.parametrize("path", sorted((CONFIGS / "experiment/ablation").glob("*.yaml")), ids=lambda path: path.stem)
-def test_shipped_ablations(path):
+def test_shipped_ablations(path, checkpoint):
     """Each composes with every override of every cell, no two cells are the same, and its file says how to run it."""
     ablation = parse(settings_of("ablate", f"experiment=ablation/{path.stem}")["ablation"])
     assert ablation.name == path.stem
     plans = [(cell.trained_as, planned(ablation, cell)) for cell in ablation.cells.values()]
     assert all(one != other for k, one in enumerate(plans) for other in plans[:k])
     assert f"python -m instructsam.ablate experiment=ablation/{path.stem}" in path.read_text(encoding="utf-8")
+    model = Predictor.from_pretrained(checkpoint).model
+    for _, steps in plans:
+        for objective in (dict(settings["objective"]) for step, settings in steps.items() if step != "evaluate"):
+            if objective.pop("name") == "instruct":  # weights that contradict each other are refused
+                criterion = SetCriterion(CriterionConfig.from_mapping(objective.pop("criterion")))
+                InstructionObjective(model, criterion, **objective)
 
 
 def test_the_ablations_that_were_asked_for():
