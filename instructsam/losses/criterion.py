@@ -142,8 +142,8 @@ class SetCriterion(nn.Module):
         Args:
             outputs: ``pred_masks`` (P, N, H, W), ``pred_logits`` (P, N), ``pred_boxes`` (P, N, 4) xyxy in 0…1; where
                 the model has them ``presence_logits`` (P, 1) and ``aux`` (list of the same for earlier layers).
-            targets: ``target_masks`` (P, G, H, W) bool, ``target_valid`` (P, G) bool; optionally ``target_box_only``
-                (P,) bool, and for box losses ``target_boxes`` (P, G, 4) cxcywh in 0…1.
+            targets: ``target_masks`` (P, G, H, W) bool or 0…1, ``target_valid`` (P, G) bool; optionally
+                ``target_box_only`` (P,) bool, and for box losses ``target_boxes`` (P, G, 4) cxcywh in 0…1.
             counts: ``pairs`` and ``phrases`` over all ranks and accumulation steps (see `count_targets`).
             generator: source of sampled points.
             cost_bias: (P, N, G) added to the matching cost of every layer, where something is known of who belongs to

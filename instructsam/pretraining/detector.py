@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from instructsam.losses.criterion import SetCriterion, count_targets
 from instructsam.models.modeling import InstructSAM
 from instructsam.models.phrases import find_phrases
-from instructsam.pretraining.heads import DenseHead, cell_targets
+from instructsam.pretraining.heads import DenseHead, cell_targets, union_of
 
 
 class DetectorPretraining(nn.Module):
@@ -97,7 +97,7 @@ class DetectorPretraining(nn.Module):
         terms = self.criterion(detections, batch, counts, cost_bias=prior_PNG)
 
         assert detections.semantic_logits is not None
-        union_PHW = (batch["target_masks"] & batch["target_valid"][..., None, None]).any(1).float()
+        union_PHW = union_of(batch).float()
         error_P = F.binary_cross_entropy_with_logits(detections.semantic_logits, union_PHW, reduction="none").mean(
             (1, 2)
         )

@@ -5,6 +5,8 @@ Shape suffixes: B batch, P phrases, N queries, O objects, C channels, H W cells,
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -55,6 +57,11 @@ def cell_targets(
     cells = object_map_BHW[:, rows.to(object_map_BHW.device)][:, :, columns.to(object_map_BHW.device)]
     batch = torch.arange(len(cells), device=cells.device)[:, None, None]
     return attributes_BOA[batch, cells], boxes_BO4[batch, cells]
+
+
+def union_of(batch: Mapping[str, Tensor]) -> Tensor:
+    """(P, H, W) bool, the pixels of any instance of a phrase; of soft masks what they cover by more than half."""
+    return ((batch["target_masks"] > 0.5) & batch["target_valid"][..., None, None]).any(1)
 
 
 class PointerHead(nn.Module):

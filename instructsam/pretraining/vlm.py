@@ -16,7 +16,7 @@ from instructsam.losses.language import answer_loss, answer_targets
 from instructsam.losses.query_head import QueryBoxHead
 from instructsam.models.modeling import InstructSAM
 from instructsam.pretraining.dataset import MAX_PLACE, num_places
-from instructsam.pretraining.heads import DenseHead, PointerHead, cell_targets
+from instructsam.pretraining.heads import DenseHead, PointerHead, cell_targets, union_of
 
 
 class VLMPretraining(nn.Module):
@@ -98,7 +98,7 @@ class VLMPretraining(nn.Module):
         grid = batch["image_grid_thw"]
         assert bool((grid == grid[:1]).all()), "pretraining images are of one size"
         height, width = (grid[0, 1:] // merge).tolist()
-        union_PHW = (batch["target_masks"] & batch["target_valid"][..., None, None]).any(1)
+        union_PHW = union_of(batch)
 
         def cells_of(states_BLC: Tensor) -> Tensor:
             return states_BLC[image_tokens].view(len(input_ids), height, width, -1)

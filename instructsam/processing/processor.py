@@ -33,7 +33,7 @@ class InstructSAMProcessor(PretrainedProcessor):
         vlm_image: `VLMImageTransform`, or settings of one.
         detector_image_size: side of the detector's square input in pixels.
         max_length: longest sequence in tokens.
-        mask_resize: how targets come to mask resolution, see `targets.resize_nearest`.
+        mask_resize: how targets come to mask resolution, see `targets.phrase_targets`.
     """
 
     def __init__(
