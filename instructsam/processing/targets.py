@@ -34,9 +34,9 @@ def resize_nearest(masks_HWG: np.ndarray, size: tuple[int, int], mode: str = "ne
 def covered_share(masks_HWG: np.ndarray, size: tuple[int, int]) -> Tensor:
     """Share of each cell that a mask covers: (H, W, G) to (G, h, w) float32 in 0…1.
 
-    A model that learns it knows a contour to a fraction of a cell: its logits cross 0 where half a cell is covered. From
-    hard targets it learns large logits on both sides of the contour, and where those outside are larger, masks come out
-    too small by up to half a cell all around.
+    A model that learns it knows a contour to a fraction of a cell: its logits cross 0 where half a cell is covered.
+    From hard targets it learns large logits on both sides of the contour; where those outside are larger, masks come
+    out too small by up to half a cell all around.
     """
     masks_GHW = torch.from_numpy(np.ascontiguousarray(masks_HWG.transpose(2, 0, 1)))
     return F.adaptive_avg_pool2d(masks_GHW.float(), size)
