@@ -46,9 +46,26 @@ from pretended_hub import uploads  # noqa: E402, F401
 from tiny_fixtures import checkpoint, world  # noqa: E402, F401  (fixtures)
 
 
-def pytest_collection_modifyitems(items):
-    """Tests that need a GPU are skipped where there is none."""
+def pytest_addoption(parser):
+    parser.addoption(
+        "--processes",
+        choices=("any", "one", "several"),
+        default="any",
+        help="select tests by whether they start several processes (the mark multiprocess); as -m, but beside it",
+    )
+
+
+def pytest_collection_modifyitems(config, items):
+    """Tests that need a GPU are skipped where there is none; ``--processes`` selects."""
     import torch
+
+    wanted = config.getoption("--processes")
+    if wanted != "any":
+        sorted_out: dict[bool, list[pytest.Item]] = {True: [], False: []}
+        for item in items:
+            sorted_out[("multiprocess" in item.keywords) == (wanted == "several")].append(item)
+        items[:] = sorted_out[True]
+        config.hook.pytest_deselected(items=sorted_out[False])
 
     if torch.cuda.is_available():
         return
