@@ -35,6 +35,7 @@ settings=(batch_size=32 max_new_tokens=32)
 run instructsam.evaluate checkpoint=checkpoints/tiny output_dir="$out/shipped" "${settings[@]}" restart=true \
   query_reliance=false >"$out/shipped.log" 2>&1 &
 shipped=$!
+trap 'kill "$shipped" 2>/dev/null || true' EXIT
 run instructsam.evaluate checkpoint="$out/checkpoint" output_dir="$out" "${settings[@]}" restart=true untrained=true
 wait "$shipped" || { cat "$out/shipped.log" >&2; exit 1; }
 

@@ -6,6 +6,8 @@ import json
 import math
 from pathlib import Path
 
+from safetensors import safe_open
+
 from instructsam.ablation.cells import Ablation, Cell
 from instructsam.ablation.state import Place
 from instructsam.evaluation.fingerprint import weight_files
@@ -44,7 +46,6 @@ def _parameters(checkpoint: Path) -> int | None:
         return None
     total = 0
     for path in files:
-        with path.open("rb") as file:
-            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-        total += sum(math.prod(tensor["shape"]) for name, tensor in header.items() if name != "__metadata__")
+        with safe_open(path, framework="numpy") as file:
+            total += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118 (no mapping)
     return total

@@ -12,7 +12,7 @@ import io
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from instructsam.ablation.cells import Ablation
 from instructsam.ablation.cost import COSTS, cost_of
@@ -28,6 +28,8 @@ from instructsam.evaluation.report import markdown_table
 from instructsam.evaluation.tables import NOTHING, Rows, change, label, number, value_of
 from instructsam.training.files import replace_text
 
+Statuses: TypeAlias = "Mapping[tuple[str, int], tuple[str, str]]"
+"""(cell, seed) -> what `status_of` says."""
 GROUPED_FIGURES = ("AP50", "count_error", "duplicate_rate")  # by number of instances; the first also by kind
 _LATEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$", "–": "--"}
 _LATEX |= {character: f"\\{character}" for character in "&%$#_{}"} | {">": "$>$", "<": "$<$", "…": r"\ldots{}"}
@@ -41,8 +43,10 @@ def write_report(ablation: Ablation, output: str | Path, resamples: int = bootst
             that cannot be read.
     """
     output = Path(output)
-    runs = load_runs(ablation, output)
-    found = collect(ablation, output, runs, resamples)
+    # Looked at once: a sweep may be at work meanwhile.
+    statuses = {(c.name, seed): status_of(ablation, output, c, seed) for c, seed in ablation.order()}
+    runs = load_runs(ablation, output, statuses)
+    found = collect(ablation, output, statuses, runs, resamples)
     write_raw(runs, output / "records.parquet")
     plots = write_plots(found, output / "plots")
     replace_text(output / "figures.json", json.dumps(found, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
@@ -54,13 +58,13 @@ def write_report(ablation: Ablation, output: str | Path, resamples: int = bootst
     return found
 
 
-def load_runs(ablation: Ablation, output: Path) -> dict[str, dict[int, Measurements]]:
+def load_runs(ablation: Ablation, output: Path, statuses: Statuses) -> dict[str, dict[int, Measurements]]:
     """Cell -> seed -> measured records of what is complete, all on the same instructions in the same order."""
     runs: dict[str, dict[int, Measurements]] = {name: {} for name in ablation.cells}
     first: Run | None = None
     for name, cell in ablation.cells.items():
         for seed in ablation.seeds:
-            if status_of(ablation, output, cell, seed)[0] == COMPLETE:
+            if statuses[name, seed][0] == COMPLETE:
                 run = load_run(Place.of(output, cell, seed).eval / "metrics.json")
                 first = first or run
                 check_rules(first, run)
@@ -69,7 +73,11 @@ def load_runs(ablation: Ablation, output: Path) -> dict[str, dict[int, Measureme
 
 
 def collect(
-    ablation: Ablation, output: Path, runs: Mapping[str, Mapping[int, Measurements]], resamples: int
+    ablation: Ablation,
+    output: Path,
+    statuses: Statuses,
+    runs: Mapping[str, Mapping[int, Measurements]],
+    resamples: int,
 ) -> dict[str, Any]:
     """All numbers of the report."""
     for figure in (*ablation.figures, *GROUPED_FIGURES):
@@ -79,7 +87,7 @@ def collect(
     for name, cell in ablation.cells.items():
         per_seed = {}
         for seed in ablation.seeds:
-            status, reason = status_of(ablation, output, cell, seed)
+            status, reason = statuses[name, seed]
             entry: dict[str, Any] = {"status": status, "reason": reason}
             if status == COMPLETE:
                 measured = runs[name][seed]

@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -189,25 +189,19 @@ class Sweep:
     @contextmanager
     def _locked(self, cell: Cell, seed: int, wait: bool) -> Iterator[int | None]:
         """Hold a cell's folder; gives None if another process does, or while waiting for it the sweep is stopped."""
-        folder, told = Place.of(self.output, cell, seed).folder, False
-        while not self.stopping:
-            try:
-                held = exclusive(folder)
-                lock = held.__enter__()
-            except ValueError:
-                if not wait:
-                    break
-                if not told:
-                    print(f"{cell.name}/{seed}: another process is at work there, waiting", flush=True)
-                told = True
-                time.sleep(_POLL_S)
-                continue
-            try:
-                yield lock
-            finally:
-                held.__exit__(None, None, None)
-            return
-        yield None
+        folder, lock, told = Place.of(self.output, cell, seed).folder, None, False
+        with ExitStack() as stack:
+            while lock is None and not self.stopping:
+                try:
+                    lock = stack.enter_context(exclusive(folder))
+                except ValueError:
+                    if not wait:
+                        break
+                    if not told:
+                        print(f"{cell.name}/{seed}: another process is at work there, waiting", flush=True)
+                    told = True
+                    time.sleep(_POLL_S)
+            yield lock
 
     @contextmanager
     def _signals(self) -> Iterator[None]:

@@ -88,7 +88,7 @@ class VLMPretraining(nn.Module):
         spoken = answer_loss(language.hidden_BLC, targets, model.lm_logits, counts["tokens"])
         terms = {"language": self.lm_weight * spoken}
         assert language.all_hidden is not None and language.image_tokens is not None
-        image_tokens, boxes_BO4 = language.image_tokens, batch["object_boxes"]
+        image_tokens = language.image_tokens
         phrases = language.phrases
         hidden = language.query_states(self.num_layers)
         if self.query_head is not None:
@@ -109,7 +109,10 @@ class VLMPretraining(nn.Module):
         ):
             pointed = pointed + head(queries, cells_of(states), phrases.row, union_PHW, counts["phrases"].clamp(min=1))
         terms["pointer"] = self.pointer_weight * pointed / self.num_layers
-        labels, boxes = cell_targets(batch["object_map"], batch["object_attributes"], boxes_BO4, (height, width))
+        known_BOK = torch.cat([batch["object_attributes"], batch["object_places"]], -1)
+        shown, boxes = cell_targets(batch["object_map"], known_BOK, batch["object_boxes"], (height, width))
+        num_attributes = batch["object_attributes"].shape[-1]
+        labels, places = shown[..., :num_attributes], shown[..., num_attributes:]
         cells = counts["cells"].clamp(min=1)
         for name, head, states in zip(
             ("input_cells", "output_cells"),
@@ -119,7 +122,6 @@ class VLMPretraining(nn.Module):
         ):
             terms[name] = head(cells_of(states), labels, boxes, cells)
         if self.place_head is not None:
-            places, _ = cell_targets(batch["object_map"], batch["object_places"], boxes_BO4, (height, width))
             error = self.place_head(cells_of(language.all_hidden[0]), places, boxes, cells)
             terms["places"] = self.place_weight * error / len(self.place_head.sizes)
         return terms
