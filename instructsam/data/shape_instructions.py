@@ -102,11 +102,15 @@ Maker = Callable[[random.Random, tuple[Shape, ...], float, bool], Asked | None]
 
 
 def make_instruction(
-    rng: random.Random, shapes: tuple[Shape, ...], image_size: int, kind: str, tries: int = 12
+    rng: random.Random, shapes: tuple[Shape, ...], image_size: int, kind: str, tries: int = 12, unmet: str | None = None
 ) -> Instruction | None:
     """A random instruction of ``kind`` about the shapes; None when none was found that is clear.
 
-    Raises ValueError for an unknown kind.
+    Args:
+        unmet: for the kind "no_target", the relation that nothing fulfils; None: a plain description or any relation.
+
+    Raises:
+        ValueError: for an unknown kind.
     """
     if kind not in INSTRUCTION_KINDS:
         raise ValueError(f"unknown instruction kind {kind!r}, expected one of {INSTRUCTION_KINDS}")
@@ -118,23 +122,23 @@ def make_instruction(
             made = _phrases(rng, shapes)
         elif kind == "attribute":
             made = _attribute(rng, shapes)
-        elif kind == "no_target" and rng.random() < 0.6:
+        elif kind == "no_target" and unmet is None and rng.random() < 0.6:
             made = _plain_no_target(rng, shapes)
         else:
-            made = _relational(rng, shapes, image_size, kind)
+            made = _relational(rng, shapes, image_size, kind, unmet)
         if made is not None:
             return made
     return None
 
 
 def make_instructions(
-    rng: random.Random, shapes: tuple[Shape, ...], image_size: int, kinds: Iterable[str]
+    rng: random.Random, shapes: tuple[Shape, ...], image_size: int, kinds: Iterable[str], unmet: str | None = None
 ) -> list[Instruction]:
     """One instruction for each entry of ``kinds`` where there is one, all of them different texts."""
     made: dict[str, Instruction] = {}
     for kind in kinds:
         for _ in range(3):
-            instruction = make_instruction(rng, shapes, image_size, kind)
+            instruction = make_instruction(rng, shapes, image_size, kind, unmet=unmet)
             if instruction is None:
                 break
             if instruction.text not in made:
@@ -213,9 +217,11 @@ def _plain(rng: random.Random, shapes: tuple[Shape, ...], noun: Noun, kind: str)
 # --- everything else: the phrase is generic
 
 
-def _relational(rng: random.Random, shapes: tuple[Shape, ...], image_size: int, kind: str) -> Instruction | None:
+def _relational(
+    rng: random.Random, shapes: tuple[Shape, ...], image_size: int, kind: str, unmet: str | None
+) -> Instruction | None:
     empty = kind == "no_target"
-    source = rng.choice(tuple(RELATIONS)) if empty else kind
+    source = kind if not empty else rng.choice(tuple(RELATIONS)) if unmet is None else unmet
     asked = rng.choice(RELATIONS[source])(rng, shapes, image_size / REFERENCE_SIZE, empty)
     if asked is None or bool(asked.answer) == empty:
         return None

@@ -30,16 +30,27 @@ WORLD_FILE = "world.json"
 TRAIN_INSTRUCTIONS = 12
 VAL_INSTRUCTIONS = 5
 ODD_SHARE = 0.35
+CONTRASTED = {"ordinal": 4, "counting": 2}
+"""How many of a kind in a scene of the contrast split, and as many that nothing fulfils."""
 
 
 def make_example(
     seed: int, split: str, index: int, image_size: int = REFERENCE_SIZE
 ) -> tuple[Scene, list[Instruction]]:
-    """Scene ``index`` of a split with its instructions: about 12 for "train", 5 for any other split.
+    """Scene ``index`` of a split with its instructions: about 12 for "train", up to 12 for "contrast", 5 for any other.
 
-    Splits other than train are balanced: two scenes in a row share the ten kinds between them.
+    Contrast is for training too: orders and counts that something fulfils, and as many that nothing does, which among
+    the instructions of train are one in a hundred. The other splits are balanced: two scenes in a row share the ten
+    kinds between them.
     """
     rng = random.Random(f"{seed}/{split}/{index}")
+    if split == "contrast":
+        scene, texts = sample_scene(rng, image_size), {}
+        for kind, number in CONTRASTED.items():
+            for asked, unmet in ((kind, None), ("no_target", kind)):
+                for instruction in make_instructions(rng, scene.shapes, image_size, [asked] * number, unmet):
+                    texts.setdefault(instruction.text, instruction)
+        return scene, list(texts.values())
     if split == "train":
         scene = sample_scene(rng, image_size, odd=rng.random() < ODD_SHARE)
         kinds = list(INSTRUCTION_KINDS)
@@ -69,8 +80,11 @@ def make_tiny_world(
     seed: int = 0,
     image_size: int = REFERENCE_SIZE,
     overwrite: bool = False,
+    contrast: int = 0,
 ) -> dict[str, Any]:
     """Write the world to ``root``: train, val, tokenizer and world.json, whose contents are returned.
+
+    With ``contrast`` scenes there is a third split, for training too (see `make_example`).
 
     Does nothing if the same world is there already. A world with other settings is replaced with ``overwrite`` only; a
     folder that holds anything else never is (ValueError). Everything is written beside the root first and renamed at
@@ -79,7 +93,11 @@ def make_tiny_world(
     root = Path(root)
     if train < 1 or val < 1:
         raise ValueError(f"train={train}, val={val}: both splits need at least one scene")
+    if contrast < 0:
+        raise ValueError(f"contrast={contrast}: must be a number of scenes, 0 for none")
     settings = {"format": FORMAT, "seed": seed, "image_size": image_size, "train": train, "val": val}
+    if contrast:
+        settings["contrast"] = contrast
     present = _present(root)
     if present is not None:
         if present.get("settings") == settings:
@@ -95,7 +113,8 @@ def make_tiny_world(
     try:
         kinds = {
             split: _write_split(part / split, split, count, seed, image_size)
-            for split, count in (("train", train), ("val", val))
+            for split, count in (("train", train), ("val", val), ("contrast", contrast))
+            if count
         }
         save_word_tokenizer(vocabulary(), part / "tokenizer")
         world = {"settings": settings, "instructions": kinds}
@@ -192,6 +211,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--root", type=Path, default=Path("data/tiny_world"))
     parser.add_argument("--train", type=int, default=6000, help="number of training scenes")
     parser.add_argument("--val", type=int, default=250, help="number of validation scenes")
+    parser.add_argument("--contrast", type=int, default=0, help="number of scenes of the third split, for training too")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--image-size", type=int, default=REFERENCE_SIZE, help="pixels a side")
     parser.add_argument("--overwrite", action="store_true", help="replace a world that has other settings")
