@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -16,7 +17,8 @@ from transformers import AutoTokenizer
 from instructsam import masks
 from instructsam.data import tiny_world
 from instructsam.data.coco_instructions import read_coco_instructions
-from instructsam.data.shape_instructions import INSTRUCTION_KINDS
+from instructsam.data.shape_instructions import GENERIC_PHRASE, INSTRUCTION_KINDS
+from instructsam.data.shape_wordings import COMMON, ORDINALS, TIMES
 from instructsam.data.tiny_world import main, make_example, make_tiny_world
 
 SETTINGS = {"train": 4, "val": 4, "seed": 3}
@@ -99,6 +101,30 @@ def test_world_file_and_tokenizer(world):
     for sample in read_coco_instructions(world, "train"):
         for turn in sample.turns:
             assert tokenizer.unk_token_id not in tokenizer(turn.instruction).input_ids
+
+
+def test_contrast_asks_for_what_there_is_and_for_what_there_is_not(tmp_path):
+    root = tmp_path / "world"
+    world = make_tiny_world(root, train=1, val=1, contrast=40)
+    assert world["settings"]["contrast"] == 40
+    kinds = Counter()
+    for sample in read_coco_instructions(root, "contrast"):
+        for turn in sample.turns:
+            [phrase] = turn.phrases
+            assert (turn.kind == "no_target") == (len(phrase.rles) == 0) and phrase.text == GENERIC_PHRASE
+            assert any(word in turn.instruction for word in (*ORDINALS, *TIMES.values(), *COMMON)), turn.instruction
+            kinds[turn.kind] += 1
+    assert set(kinds) == {"ordinal", "counting", "no_target"}
+    assert kinds["no_target"] > 0.8 * (kinds["ordinal"] + kinds["counting"]) > 80
+
+
+def test_contrast_changes_no_other_split(world, tmp_path):
+    make_tiny_world(tmp_path / "more", **SETTINGS, contrast=1)
+    more = {name: what for name, what in contents(tmp_path / "more").items() if not name.startswith("contrast")}
+    del more["world.json"]
+    assert more.items() <= contents(world).items() and len(more) == len(contents(world)) - 1
+    with pytest.raises(ValueError, match="contrast=-1"):
+        make_tiny_world(tmp_path / "none", train=1, val=1, contrast=-1)
 
 
 def test_the_same_world_is_left_alone(world, capsys):
