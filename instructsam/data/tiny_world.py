@@ -45,12 +45,13 @@ def make_example(
     """
     rng = random.Random(f"{seed}/{split}/{index}")
     if split == "contrast":
-        scene, texts = sample_scene(rng, image_size), {}
+        scene = sample_scene(rng, image_size)
+        by_text: dict[str, Instruction] = {}
         for kind, number in CONTRASTED.items():
             for asked, unmet in ((kind, None), ("no_target", kind)):
                 for instruction in make_instructions(rng, scene.shapes, image_size, [asked] * number, unmet):
-                    texts.setdefault(instruction.text, instruction)
-        return scene, list(texts.values())
+                    by_text.setdefault(instruction.text, instruction)
+        return scene, list(by_text.values())
     if split == "train":
         scene = sample_scene(rng, image_size, odd=rng.random() < ODD_SHARE)
         kinds = list(INSTRUCTION_KINDS)
