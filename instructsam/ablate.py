@@ -9,8 +9,8 @@
 The same command again goes on where a killed sweep stopped; every cell runs once with every seed. A cell that fails is
 noted with its reason and stops no other (`retry=true` runs it again). With `only=CELL/SEED` the cells can be spread by
 Hydra's launchers (joblib, submitit; the output folder is shared); a last start with report_only=true writes the report.
-Settings: `configs/ablate.yaml`, ablations: `configs/experiment/ablation/`. The tiny ones build on the quickstart's
-outputs/quickstart/detector and vlm where their file says so.
+Settings: `configs/ablate.yaml`, ablations: `configs/experiment/ablation/`. They build on the parts in
+`checkpoints/`, as their files say.
 """
 
 from __future__ import annotations

@@ -40,18 +40,16 @@ def make_example(
     """Scene ``index`` of a split with its instructions: about 12 for "train", up to 12 for "contrast", 5 for any other.
 
     Contrast is for training too: orders and counts that something fulfils, and as many that nothing does, which among
-    the instructions of train are one in a hundred. The other splits are balanced: two scenes in a row share the ten
+    the instructions of train are one in sixty. The other splits are balanced: two scenes in a row share the ten
     kinds between them.
     """
     rng = random.Random(f"{seed}/{split}/{index}")
     if split == "contrast":
-        scene = sample_scene(rng, image_size)
-        by_text: dict[str, Instruction] = {}
+        scene, made = sample_scene(rng, image_size), []
         for kind, number in CONTRASTED.items():
-            for asked, unmet in ((kind, None), ("no_target", kind)):
-                for instruction in make_instructions(rng, scene.shapes, image_size, [asked] * number, unmet):
-                    by_text.setdefault(instruction.text, instruction)
-        return scene, list(by_text.values())
+            made += make_instructions(rng, scene.shapes, image_size, [kind] * number)
+            made += make_instructions(rng, scene.shapes, image_size, ["no_target"] * number, unmet=kind)
+        return scene, made
     if split == "train":
         scene = sample_scene(rng, image_size, odd=rng.random() < ODD_SHARE)
         kinds = list(INSTRUCTION_KINDS)
