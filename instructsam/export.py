@@ -35,7 +35,7 @@ def export(
     from instructsam.models.factory import load_processor
     from instructsam.models.hub import resolve
     from instructsam.models.lora import has_lora
-    from instructsam.models.modeling import InstructSAM
+    from instructsam.models.modeling import InstructSAMModel
     from instructsam.models.released import export_released
     from instructsam.processing.preprocessor_config import PREPROCESSOR_CONFIG
 
@@ -45,7 +45,7 @@ def export(
         raise ValueError(f"report={report}: there is no such folder")
     folder = resolve(checkpoint, "InstructSAM")
     with new_folder(output) as unfinished:
-        model = InstructSAM.from_pretrained(folder)
+        model = InstructSAMModel.from_pretrained(folder)
         if has_lora(model):
             raise ValueError(f"{folder}: merge its LoRA first: python -m instructsam.merge {folder} OUTPUT")
         processor = load_processor(folder, model.config)

@@ -22,11 +22,11 @@ def merge(checkpoint: str | Path, output: str | Path) -> Path:
     from instructsam.models.factory import load_processor
     from instructsam.models.hub import resolve
     from instructsam.models.lora import has_lora, merge_lora, save_with_adapter
-    from instructsam.models.modeling import InstructSAM
+    from instructsam.models.modeling import InstructSAMModel
 
     folder = resolve(checkpoint, "InstructSAM")
     with new_folder(output) as unfinished:
-        model = InstructSAM.from_pretrained(folder)
+        model = InstructSAMModel.from_pretrained(folder)
         if not has_lora(model):
             raise ValueError(f"{folder}: holds no adapter, so there is nothing to merge")
         merge_lora(model)

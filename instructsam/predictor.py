@@ -21,7 +21,7 @@ from instructsam.models.decoding import decode
 from instructsam.models.decoding_rules import DEFAULT_RULE, DecodingRule, decoding_rule
 from instructsam.models.factory import load_processor
 from instructsam.models.hub import resolve
-from instructsam.models.modeling import BridgeOutput, InstructSAM
+from instructsam.models.modeling import BridgeOutput, InstructSAMModel
 from instructsam.models.placement import as_device, as_dtype
 from instructsam.models.stages import Detection, Prepared, Understanding
 from instructsam.processing.processor import InstructSAMProcessor
@@ -46,7 +46,7 @@ class Predictor:
 
     def __init__(
         self,
-        model: InstructSAM,
+        model: InstructSAMModel,
         processor: InstructSAMProcessor,
         decoding: str | DecodingRule = DEFAULT_RULE,
         max_new_tokens: int = 128,
@@ -83,7 +83,7 @@ class Predictor:
         """
         rule, device, precision = decoding_rule(decoding), as_device(device), as_dtype(dtype)
         folder = resolve(path, "InstructSAM")
-        model = InstructSAM.from_pretrained(folder, dtype=precision or "auto").to(device)
+        model = InstructSAMModel.from_pretrained(folder, dtype=precision or "auto").to(device)
         return cls(model, load_processor(folder, model.config), rule, max_new_tokens)
 
     def segment(

@@ -34,7 +34,7 @@ from instructsam.models.factory import VISION_TOKENS, load_tokenizer, make_proce
 from instructsam.models.full_size import full_size_config
 from instructsam.models.loading import empty_model, fill
 from instructsam.models.lora import TARGETS, LoraSettings
-from instructsam.models.modeling import InstructSAM
+from instructsam.models.modeling import InstructSAMModel
 from instructsam.models.placement import as_device, as_dtype
 from instructsam.predictor import Predictor
 from instructsam.processing.images import load_image
@@ -86,7 +86,7 @@ def build(tiny: bool, tokenizer_folder: str | None, texts: list[str], dtype: tor
     vlm.text_config.pad_token_id = config.token_ids["pad"]
     for key, token in VISION_TOKENS.items():
         setattr(vlm, key, tokenizer.convert_tokens_to_ids(token))
-    model = empty_model(InstructSAM, config)
+    model = empty_model(InstructSAMModel, config)
     fill(model, [], dtype=dtype, may_be_new=("",), seed=0)
     return Predictor(model, make_processor(config, tokenizer, {}))
 
@@ -107,7 +107,7 @@ def check_build(model: nn.Module, dtype: torch.dtype, memory_before: int, memory
         )
 
 
-def count_parameters(model: InstructSAM) -> dict[str, int]:
+def count_parameters(model: InstructSAMModel) -> dict[str, int]:
     """Parameters of each part, of all, and of what the first stage trains (configs/optim/stage1.yaml with LoRA)."""
 
     def count(module: nn.Module) -> int:
@@ -119,7 +119,7 @@ def count_parameters(model: InstructSAM) -> dict[str, int]:
     return {**counts, "all": total, "  trained in stage 1": sum(stage1_parameters(model).values())}
 
 
-def stage1_parameters(model: InstructSAM) -> dict[str, int]:
+def stage1_parameters(model: InstructSAMModel) -> dict[str, int]:
     """Name → size of every parameter that the first stage trains; LoRA's are counted without peft."""
     patterns = [re.compile(pattern) for pattern in OmegaConf.load(f"{CONFIGS}/optim/stage1.yaml")["train"]]
     adapted = [(name, module) for name, module in model.named_modules() if re.fullmatch(TARGETS, name)]

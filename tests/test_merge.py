@@ -12,7 +12,7 @@ import torch
 from instructsam import merge as merge_command
 from instructsam.data.coco_instructions import read_coco_instructions
 from instructsam.models.lora import LoraSettings, add_lora, has_adapter, save_with_adapter
-from instructsam.models.modeling import InstructSAM
+from instructsam.models.modeling import InstructSAMModel
 from instructsam.predictor import Predictor
 
 
@@ -21,7 +21,7 @@ def trained(checkpoint, tmp_path_factory) -> Path:
     """A checkpoint whose adapter changes what the model says."""
     folder = tmp_path_factory.mktemp("trained") / "checkpoint"
     shutil.copytree(checkpoint, folder)
-    model = InstructSAM.from_pretrained(checkpoint)
+    model = InstructSAMModel.from_pretrained(checkpoint)
     add_lora(model, LoraSettings(r=4, alpha=8, dropout=0.0))
     torch.manual_seed(0)
     for name, parameter in model.named_parameters():
@@ -56,8 +56,8 @@ def test_merged_folder_predicts_the_same_without_peft(checkpoint, trained, world
 def test_the_dtype_stays(trained, tmp_path):
     half = tmp_path / "half"
     shutil.copytree(trained, half)
-    save_with_adapter(InstructSAM.from_pretrained(trained), half, torch.bfloat16)
-    model = InstructSAM.from_pretrained(merge_command.merge(half, tmp_path / "merged"))
+    save_with_adapter(InstructSAMModel.from_pretrained(trained), half, torch.bfloat16)
+    model = InstructSAMModel.from_pretrained(merge_command.merge(half, tmp_path / "merged"))
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
 
 

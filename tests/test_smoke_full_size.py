@@ -154,7 +154,7 @@ def test_what_the_first_stage_trains(smoke, predictor):
 
 def test_full_size_counts(smoke):
     """The full-size model on the meta device has the released checkpoint's number of parameters, part by part."""
-    model = smoke.empty_model(smoke.InstructSAM, smoke.full_size_config())
+    model = smoke.empty_model(smoke.InstructSAMModel, smoke.full_size_config())
     parameters = smoke.count_parameters(model)
     assert parameters["VLM: language model"] == 1_720_574_976
     assert parameters["VLM: vision tower"] == 406_957_056

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from instructsam.models.loading import TensorFolder
-from instructsam.models.modeling import InstructSAM
+from instructsam.models.modeling import InstructSAMModel
 
 REPOSITORY = Path(__file__).parents[1]
 SMALL = ["trainer.epochs=null", "trainer.max_steps=3", "trainer.num_workers=0", "trainer.log_every=1",
@@ -103,7 +103,7 @@ def test_the_whole_chain(world, sharded_qwen3_vl_dir, sam3_dir, tmp_path):
         modes = {path.stat().st_mode for pattern in ("*.safetensors", "config.json") for path in folder.glob(pattern)}
         assert len(modes) == 1, folder
 
-    reloaded = InstructSAM.from_pretrained(tmp_path / "released")
+    reloaded = InstructSAMModel.from_pretrained(tmp_path / "released")
     assert reloaded.load_report.layout == "released InstructSAM"
     run("instructsam.evaluate", f"checkpoint={tmp_path}/released", *options, "decoding=released")
     settings = json.loads((tmp_path / "released" / "eval" / "metrics.json").read_text())["settings"]

@@ -125,7 +125,7 @@ def imports_of(code: str, name: str) -> set[str]:
 def test_the_import_reader_sees_every_form():
     code = """
 import instructsam.masks
-from instructsam.models.modeling import InstructSAM
+from instructsam.models.modeling import InstructSAMModel
 from instructsam import data
 from . import samplers
 from .. import structures

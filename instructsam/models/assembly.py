@@ -18,7 +18,7 @@ from transformers.models.sam3.configuration_sam3 import Sam3Config
 from instructsam.models.configuration import InstructSAMConfig
 from instructsam.models.layouts import FIRST_ROWS, QWEN3_VL, SAM3, untie_or_tie
 from instructsam.models.loading import LoadReport, TensorFolder, empty_model, fill
-from instructsam.models.modeling import InstructSAM
+from instructsam.models.modeling import InstructSAMModel
 
 NEW = ("query_bank.", "query_projector.", "phrase_projector.")
 
@@ -45,7 +45,7 @@ def assemble(
     bridge: Mapping[str, Any],
     dtype: torch.dtype | None = None,
     seed: int = 0,
-) -> tuple[InstructSAM, LoadReport]:
+) -> tuple[InstructSAMModel, LoadReport]:
     """Put the model together.
 
     Args:
@@ -61,7 +61,7 @@ def assemble(
     config = InstructSAMConfig(
         read_vlm_config(vlm_folder), read_detector_config(detector_folder), token_ids=dict(token_ids), **bridge
     )
-    model = empty_model(InstructSAM, config)
+    model = empty_model(InstructSAMModel, config)
     sources = [(TensorFolder(vlm_folder), QWEN3_VL), (TensorFolder(detector_folder), SAM3)]
     report = fill(model, sources, dtype=dtype, may_be_new=NEW, first_rows=FIRST_ROWS, seed=seed)
     model.load_report = report

@@ -13,14 +13,14 @@ import torch
 
 from instructsam.models.configuration import InstructSAMConfig
 from instructsam.models.layouts import FIRST_ROWS
-from instructsam.models.modeling import InstructSAM
+from instructsam.models.modeling import InstructSAMModel
 
 
-def fresh_model(config: InstructSAMConfig, seed: int) -> InstructSAM:
+def fresh_model(config: InstructSAMConfig, seed: int) -> InstructSAMModel:
     """A model with new weights; the same seed gives the same weights whatever was drawn before."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = InstructSAM(config)
+        model = InstructSAMModel(config)
         if config.embedding_std is not None:
             embeddings = model.get_input_embeddings().weight
             torch.nn.init.normal_(embeddings, std=config.embedding_std)
@@ -28,7 +28,7 @@ def fresh_model(config: InstructSAMConfig, seed: int) -> InstructSAM:
         return model
 
 
-def take_modules(model: InstructSAM, path: str | Path, modules: Sequence[str]) -> list[str]:
+def take_modules(model: InstructSAMModel, path: str | Path, modules: Sequence[str]) -> list[str]:
     """Copy the named modules (e.g. ``detector``, ``phrase_projector``) of another checkpoint into `model`.
 
     Of the detector's learned queries and reference points (`FIRST_ROWS`) the first are taken, as they are from SAM 3,
@@ -40,7 +40,7 @@ def take_modules(model: InstructSAM, path: str | Path, modules: Sequence[str]) -
     Raises:
         ValueError: unknown module, tensors of another shape (names module and path).
     """
-    source = InstructSAM.from_pretrained(path)
+    source = InstructSAMModel.from_pretrained(path)
     own, others, notes = model.state_dict(), source.state_dict(), []
     for name in modules:
         if name not in dict(model.named_children()) or name not in dict(source.named_children()):

@@ -6,10 +6,10 @@ is left alone, since its inputs have another length in every batch, and so is ev
 
 from __future__ import annotations
 
-from instructsam.models.modeling import InstructSAM
+from instructsam.models.modeling import InstructSAMModel
 
 
-def compile_frozen_vision(model: InstructSAM) -> None:
+def compile_frozen_vision(model: InstructSAMModel) -> None:
     """Have the layers of the detector's vision encoder compiled, in place; names and tensors stay as they are.
 
     Call it once freezing is settled and before DDP, DeepSpeed or FSDP2 wrap the model. Compilation itself happens in

@@ -19,7 +19,7 @@ from transformers import DynamicCache
 
 from instructsam.models.attention_mask import TokenLayout, dense_mask
 from instructsam.models.decoding_rules import DEFAULT_RULE, DecodingRule, decoding_rule
-from instructsam.models.modeling import InstructSAM, LanguageOutput
+from instructsam.models.modeling import InstructSAMModel, LanguageOutput
 
 # (step, logits (B, V) with forbidden tokens at -inf) → token ids (B,)
 Chooser = Callable[[int, Tensor], Tensor]
@@ -45,7 +45,7 @@ class DecodedAnswer:
 
 
 @contextmanager
-def _sdpa(model: InstructSAM) -> Iterator[None]:
+def _sdpa(model: InstructSAMModel) -> Iterator[None]:
     """FlexAttention pays off on whole sequences only; a decoding step uses the dense mask."""
     config = model.vlm.language_model.config
     before = config._attn_implementation
@@ -63,7 +63,7 @@ def greedy(step: int, logits: Tensor) -> Tensor:
 
 @torch.no_grad()
 def decode(
-    model: InstructSAM,
+    model: InstructSAMModel,
     input_ids: Tensor,
     attention_mask: Tensor,
     pixel_values: Tensor | None,
@@ -78,7 +78,7 @@ def decode(
     Args:
         input_ids: (B, L) int64 prompts up to and including the assistant's header, padded on the right.
         attention_mask: (B, L) bool.
-        pixel_values, image_grid_thw: as in `InstructSAM.forward`.
+        pixel_values, image_grid_thw: as in `InstructSAMModel.forward`.
         max_new_tokens: limit on written tokens a row (query blocks do not count).
         max_phrases: a row that has that many phrases can start no further one.
         choose: picks the next tokens.
@@ -97,7 +97,7 @@ def decode(
 class _Decoder:
     """The state of one call: the cache, and for every slot of it the token, its hidden state and its layout."""
 
-    def __init__(self, model: InstructSAM, max_phrases: int, choose: Chooser, rule: DecodingRule):
+    def __init__(self, model: InstructSAMModel, max_phrases: int, choose: Chooser, rule: DecodingRule):
         self.model, self.max_phrases, self.choose, self.rule = model, max_phrases, choose, rule
         self.ids = model.config.token_ids
         vlm = model.config.vlm_config

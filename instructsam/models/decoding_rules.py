@@ -17,7 +17,7 @@ from torch import Tensor
 
 from instructsam.models.attention_mask import TokenLayout
 from instructsam.models.configuration import InstructSAMConfig
-from instructsam.models.modeling import InstructSAM, LanguageOutput
+from instructsam.models.modeling import InstructSAMModel, LanguageOutput
 from instructsam.models.phrases import PhraseIndex, find_phrases
 
 
@@ -54,7 +54,7 @@ class DecodingRule:
         return (inside | closes).long()
 
     def positions(
-        self, model: InstructSAM, input_ids: Tensor, attention_mask: Tensor, image_grid_thw: Tensor | None
+        self, model: InstructSAMModel, input_ids: Tensor, attention_mask: Tensor, image_grid_thw: Tensor | None
     ) -> Tensor:
         """Positions (3, B, L) int64 of a whole sequence."""
         if self.sequential_positions:
@@ -79,13 +79,13 @@ class DecodingRule:
 
     def run_language_model(
         self,
-        model: InstructSAM,
+        model: InstructSAMModel,
         input_ids: Tensor,
         attention_mask: Tensor,
         pixel_values: Tensor | None,
         image_grid_thw: Tensor | None,
     ) -> LanguageOutput:
-        """`InstructSAM.run_language_model` under this rule: prompt and answer in one pass.
+        """`InstructSAMModel.run_language_model` under this rule: prompt and answer in one pass.
 
         Raises:
             ValueError: as there.

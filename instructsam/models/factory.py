@@ -19,7 +19,7 @@ from instructsam.models.gradient_checkpointing import enable_gradient_checkpoint
 from instructsam.models.hub import resolve
 from instructsam.models.layouts import RELEASED
 from instructsam.models.lora import LoraSettings, add_lora, has_lora
-from instructsam.models.modeling import InstructSAM
+from instructsam.models.modeling import InstructSAMModel
 from instructsam.models.placement import as_dtype, cast_parameters
 from instructsam.processing.chat import ChatLayout
 from instructsam.processing.images import VLMImageTransform
@@ -41,7 +41,7 @@ MAX_VISUAL_TOKENS = 8192  # DESIGN section 8
 FREE_OPTIONS = ("attention_variant", "max_phrase_tokens")
 
 
-def build_model(settings: Mapping[str, Any], seed: int = 0) -> tuple[InstructSAM, InstructSAMProcessor]:
+def build_model(settings: Mapping[str, Any], seed: int = 0) -> tuple[InstructSAMModel, InstructSAMProcessor]:
     """A model to train, with its processor.
 
     Args:
@@ -77,7 +77,7 @@ def build_model(settings: Mapping[str, Any], seed: int = 0) -> tuple[InstructSAM
     return model, processor
 
 
-def _from_nothing(settings: Mapping[str, Any], seed: int) -> tuple[InstructSAM, InstructSAMProcessor]:
+def _from_nothing(settings: Mapping[str, Any], seed: int) -> tuple[InstructSAMModel, InstructSAMProcessor]:
     tokenizer = load_tokenizer(settings["tokenizer"])
     values = copy.deepcopy(dict(settings["config"]))
     chat = ChatLayout(tokenizer, num_queries=1)
@@ -94,7 +94,7 @@ def _from_nothing(settings: Mapping[str, Any], seed: int) -> tuple[InstructSAM, 
     return model, make_processor(config, tokenizer, settings)
 
 
-def _from_parts(settings: Mapping[str, Any], seed: int) -> tuple[InstructSAM, InstructSAMProcessor]:
+def _from_parts(settings: Mapping[str, Any], seed: int) -> tuple[InstructSAMModel, InstructSAMProcessor]:
     if twice := sorted({"vlm_config", "detector_config"} & set(settings["config"])):
         raise ValueError(f"model.config has {', '.join(twice)}, which vlm_path and detector_path bring along")
     vlm_folder = resolve(settings["vlm_path"], "Qwen3-VL")
@@ -108,9 +108,9 @@ def _from_parts(settings: Mapping[str, Any], seed: int) -> tuple[InstructSAM, In
     return model, make_processor(model.config, tokenizer, settings, vlm_folder)
 
 
-def _from_checkpoint(settings: Mapping[str, Any], seed: int) -> tuple[InstructSAM, InstructSAMProcessor]:
+def _from_checkpoint(settings: Mapping[str, Any], seed: int) -> tuple[InstructSAMModel, InstructSAMProcessor]:
     folder = resolve(settings["checkpoint"], "InstructSAM")
-    model = InstructSAM.from_pretrained(folder, dtype=settings.get("dtype") or "auto", **_attention(settings))
+    model = InstructSAMModel.from_pretrained(folder, dtype=settings.get("dtype") or "auto", **_attention(settings))
     if model.load_report.layout != RELEASED.name:  # which is said while loading
         _say(model.load_report)
     if has_lora(model):

@@ -1,6 +1,6 @@
 """InstructSAM: Qwen3-VL, a bank of instance queries, projectors and SAM 3's detector (DESIGN sections 3 to 5).
 
-Read `InstructSAM.forward` first: it is the picture of DESIGN section 3 in six lines.
+Read `InstructSAMModel.forward` first: it is the picture of DESIGN section 3 in six lines.
 
 Shape suffixes: B batch, L sequence, P phrases, N queries, T phrase tokens, C channels, V vocabulary.
 """
@@ -71,7 +71,7 @@ class InstructSAMOutput:
     detections: DetectorOutput
 
 
-class InstructSAM(PreTrainedModel):
+class InstructSAMModel(PreTrainedModel):
     """Segments every instance that an instruction asks for.
 
     Parts: ``vlm`` (Qwen3VLModel), ``query_bank``, ``query_projector``, ``phrase_projector``, ``detector``; ``lm_head``
@@ -395,4 +395,4 @@ def _cut(output: DetectorOutput) -> DetectorOutput:
     return DetectorOutput(output.pred_masks[:0], output.pred_logits[:0], output.pred_boxes[:0], presence, aux, semantic)
 
 
-AutoModel.register(InstructSAMConfig, InstructSAM, exist_ok=True)
+AutoModel.register(InstructSAMConfig, InstructSAMModel, exist_ok=True)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from instructsam.losses.criterion import SetCriterion, count_targets
-from instructsam.models.modeling import InstructSAM
+from instructsam.models.modeling import InstructSAMModel
 from instructsam.models.phrases import find_phrases
 from instructsam.pretraining.heads import DenseHead, cell_targets, union_of
 
@@ -35,7 +35,7 @@ class DetectorPretraining(nn.Module):
 
     def __init__(
         self,
-        model: InstructSAM,
+        model: InstructSAMModel,
         criterion: SetCriterion,
         attribute_sizes: list[int],
         jitter: float = 0.1,

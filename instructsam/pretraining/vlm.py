@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from instructsam.losses.criterion import count_targets
 from instructsam.losses.language import answer_loss, answer_targets
 from instructsam.losses.query_head import QueryBoxHead
-from instructsam.models.modeling import InstructSAM
+from instructsam.models.modeling import InstructSAMModel
 from instructsam.pretraining.dataset import MAX_PLACE, num_places
 from instructsam.pretraining.heads import DenseHead, PointerHead, cell_targets, union_of
 
@@ -37,7 +37,7 @@ class VLMPretraining(nn.Module):
 
     def __init__(
         self,
-        model: InstructSAM,
+        model: InstructSAMModel,
         attribute_sizes: list[int],
         lm_weight: float = 0.3,
         num_layers: int = 3,

@@ -19,7 +19,7 @@ from instructsam.data.samples import Samples
 from instructsam.data.sources import open_sources
 from instructsam.losses.criterion import CriterionConfig, SetCriterion
 from instructsam.models.factory import build_model
-from instructsam.models.modeling import InstructSAM
+from instructsam.models.modeling import InstructSAMModel
 from instructsam.processing.processor import InstructSAMProcessor
 from instructsam.training.objectives import InstructionObjective
 
@@ -58,7 +58,7 @@ class Task:
     (data.group_by).
     """
 
-    model: InstructSAM
+    model: InstructSAMModel
     processor: InstructSAMProcessor
     objective: nn.Module
     dataset: InstructionDataset
@@ -126,7 +126,7 @@ def fingerprint(settings: Mapping[str, Any], task: Task) -> dict[str, Any]:
 
 def _pretraining_task(
     name: str,
-    model: InstructSAM,
+    model: InstructSAMModel,
     processor: InstructSAMProcessor,
     samples: Samples,
     objective: dict[str, Any],

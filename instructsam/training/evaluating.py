@@ -16,7 +16,7 @@ from instructsam.data.wording import word
 from instructsam.evaluation.gallery import write_gallery
 from instructsam.evaluation.metrics import evaluate_records
 from instructsam.evaluation.runner import flatten, run
-from instructsam.models.modeling import InstructSAM
+from instructsam.models.modeling import InstructSAMModel
 from instructsam.predictor import Predictor
 from instructsam.structures import Sample
 from instructsam.training.build import Task
@@ -54,7 +54,7 @@ def periodic_evaluation(task: Task, settings: Mapping[str, Any]) -> Callable[[in
     items = flatten(samples, options["num_instructions"])
 
     def evaluate(step: int, objective: nn.Module) -> dict[str, float]:
-        model = cast(InstructSAM, objective.model)
+        model = cast(InstructSAMModel, objective.model)
         was_training = model.training
         predictor = Predictor(model, task.processor)
         with autocast_if_mixed(model):

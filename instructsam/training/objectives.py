@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from instructsam.losses.criterion import SetCriterion, count_targets
 from instructsam.losses.language import answer_loss, answer_targets
 from instructsam.losses.query_head import QueryBoxHead
-from instructsam.models.modeling import InstructSAM
+from instructsam.models.modeling import InstructSAMModel
 
 
 class InstructionObjective(nn.Module):
@@ -28,7 +28,7 @@ class InstructionObjective(nn.Module):
 
     def __init__(
         self,
-        model: InstructSAM,
+        model: InstructSAMModel,
         criterion: SetCriterion,
         lm_weight: float = 1.0,
         query_box_weight: float = 0.0,

@@ -8,7 +8,7 @@ from pathlib import Path
 from safetensors.torch import load_file
 
 from instructsam.models.configuration import InstructSAMConfig
-from instructsam.models.modeling import InstructSAM
+from instructsam.models.modeling import InstructSAMModel
 
 # released prefix → ours
 PREFIXES = {
@@ -28,7 +28,7 @@ def our_name(released: str) -> str:
     raise KeyError(released)
 
 
-def load_golden(folder: Path) -> tuple[InstructSAM, dict, dict]:
+def load_golden(folder: Path) -> tuple[InstructSAMModel, dict, dict]:
     """Returns (model in eval mode, meta.json, tensors)."""
     meta = json.loads((folder / "meta.json").read_text())
     tokens = meta["tokens"]
@@ -38,7 +38,7 @@ def load_golden(folder: Path) -> tuple[InstructSAM, dict, dict]:
         num_queries=meta["num_queries"],
         token_ids={key: tokens[key] for key in ("ref_start", "ref_end", "seg", "mask_start", "mask_end", "eos", "pad")},
     )
-    model = InstructSAM(config).eval()
+    model = InstructSAMModel(config).eval()
     state = {our_name(name): tensor for name, tensor in load_file(folder / "weights.safetensors").items()}
     model.load_state_dict(state, strict=True)
     return model, meta, load_file(folder / "tensors.safetensors")

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from instructsam.models.assembly import assemble
 from instructsam.models.factory import build_model
 from instructsam.models.layouts import FIRST_ROWS, QWEN3_VL, SAM3
-from instructsam.models.modeling import InstructSAM
+from instructsam.models.modeling import InstructSAMModel
 
 N = 5
 INPUTS = ("input_ids", "attention_mask", "pixel_values", "image_grid_thw", "detector_pixel_values")
@@ -116,7 +116,7 @@ def test_the_assembled_model_saves_and_loads(qwen3_vl_dir, sam3_dir, tmp_path):
     model, processor = build_model(settings(qwen3_vl_dir, sam3_dir, dtype="float32"))
     model.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
-    again = InstructSAM.from_pretrained(tmp_path).state_dict()
+    again = InstructSAMModel.from_pretrained(tmp_path).state_dict()
     assert all(torch.equal(again[name], tensor) for name, tensor in model.state_dict().items())
 
 
@@ -155,7 +155,7 @@ def test_one_source_holds_a_tensor(qwen3_vl_dir, sam3_dir):
     model, _ = build_model(settings(qwen3_vl_dir, sam3_dir))
     twice = [(TensorFolder(qwen3_vl_dir), QWEN3_VL)] * 2 + [(TensorFolder(sam3_dir), SAM3)]
     with pytest.raises(ValueError, match="there twice: model.language_model"):
-        fill(empty_model(InstructSAM, model.config), twice, may_be_new=("query", "phrase"), first_rows=FIRST_ROWS)
+        fill(empty_model(InstructSAMModel, model.config), twice, may_be_new=("query", "phrase"), first_rows=FIRST_ROWS)
 
 
 @pytest.mark.parametrize(

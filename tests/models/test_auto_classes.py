@@ -8,7 +8,7 @@ import sys
 
 import torch
 
-from instructsam.models.modeling import InstructSAM
+from instructsam.models.modeling import InstructSAMModel
 
 
 def test_the_auto_classes_know_a_checkpoint(checkpoint):
@@ -19,11 +19,11 @@ found = [cls.from_pretrained({str(checkpoint)!r}) for cls in (AutoConfig, AutoMo
 print([type(one).__name__ for one in found], found[1].load_report.layout)
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert result.stdout.strip() == "['InstructSAMConfig', 'InstructSAM', 'InstructSAMProcessor'] InstructSAM"
+    assert result.stdout.strip() == "['InstructSAMConfig', 'InstructSAMModel', 'InstructSAMProcessor'] InstructSAM"
 
 
 def test_a_model_is_pushed_in_shards(checkpoint, uploads):
-    InstructSAM.from_pretrained(checkpoint).push_to_hub("someone/segmenter", max_shard_size="2MB")
+    InstructSAMModel.from_pretrained(checkpoint).push_to_hub("someone/segmenter", max_shard_size="2MB")
     (commit,) = uploads.commits
     assert commit["repo_id"] == "someone/segmenter"
     index = json.loads(commit["files"]["model.safetensors.index.json"])
@@ -32,8 +32,8 @@ def test_a_model_is_pushed_in_shards(checkpoint, uploads):
 
 
 def test_sharded_is_the_same_model(checkpoint, tmp_path):
-    model = InstructSAM.from_pretrained(checkpoint)
+    model = InstructSAMModel.from_pretrained(checkpoint)
     model.save_pretrained(tmp_path, max_shard_size="1MB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 2
-    again = InstructSAM.from_pretrained(tmp_path).state_dict()
+    again = InstructSAMModel.from_pretrained(tmp_path).state_dict()
     assert all(torch.equal(again[name], tensor) for name, tensor in model.state_dict().items())

@@ -10,14 +10,14 @@ from tiny_fixtures import settings_of
 
 from instructsam.models.compiling import compile_frozen_vision
 from instructsam.models.factory import build_model
-from instructsam.models.modeling import InstructSAM
+from instructsam.models.modeling import InstructSAMModel
 from instructsam.training.build import build_task
 from instructsam.training.optim import OptimConfig, select_parameters
 
 ENCODER = r"detector\.vision_encoder\."
 
 
-def compiled(model: InstructSAM) -> set[str]:
+def compiled(model: InstructSAMModel) -> set[str]:
     return {name for name, module in model.named_modules() if module._compiled_call_impl is not None}
 
 
@@ -72,5 +72,5 @@ def test_a_training_step_is_the_same(world, tmp_path):
         assert float((gradients[name] - expected).abs().max() / expected.abs().max().clamp(min=1e-4)) < 1e-3, name
     assert not any("vision_encoder" in name for name in gradients)
     task.model.save_pretrained(tmp_path)
-    again = InstructSAM.from_pretrained(tmp_path)
+    again = InstructSAMModel.from_pretrained(tmp_path)
     assert compiled(again) == set() and list(again.state_dict()) == list(task.model.state_dict())

@@ -7,7 +7,7 @@ import torch
 from conftest import GOLDEN_ROOT
 from golden_model import load_golden
 
-from instructsam.models.modeling import InstructSAM
+from instructsam.models.modeling import InstructSAMModel
 
 
 @pytest.mark.slow
@@ -16,7 +16,7 @@ from instructsam.models.modeling import InstructSAM
 def test_flex_equals_sdpa(variant):
     model, _, tensors = load_golden(GOLDEN_ROOT / "a")
     config = type(model.config).from_dict(model.config.to_dict())
-    flex = InstructSAM._from_config(config, attn_implementation="flex_attention").eval()
+    flex = InstructSAMModel._from_config(config, attn_implementation="flex_attention").eval()
     assert flex.vlm.language_model.config._attn_implementation == "flex_attention"
     assert flex.vlm.visual.config._attn_implementation == "sdpa"
     flex.load_state_dict(model.state_dict())

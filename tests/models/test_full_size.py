@@ -11,7 +11,7 @@ import torch
 from instructsam.models.full_size import full_size_config
 from instructsam.models.layouts import QWEN3_VL, RELEASED, SAM3
 from instructsam.models.loading import empty_model
-from instructsam.models.modeling import InstructSAM
+from instructsam.models.modeling import InstructSAMModel
 
 NAMES = Path(__file__).parents[1] / "golden" / "released_tensors.json"
 
@@ -23,7 +23,7 @@ def released() -> dict[str, tuple[int, ...]]:
 
 @pytest.fixture(scope="module")
 def ours() -> dict[str, tuple[int, ...]]:
-    model = empty_model(InstructSAM, full_size_config())
+    model = empty_model(InstructSAMModel, full_size_config())
     assert all(parameter.is_meta for parameter in model.parameters())
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 

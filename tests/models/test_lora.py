@@ -29,7 +29,7 @@ from instructsam.models.lora import (
     merge_lora,
     save_with_adapter,
 )
-from instructsam.models.modeling import InstructSAM
+from instructsam.models.modeling import InstructSAMModel
 from instructsam.processing.processor import InstructSAMProcessor
 
 SMALL = LoraSettings(r=4, alpha=8, dropout=0.1)
@@ -37,8 +37,8 @@ PROJECTIONS = [f"vlm.language_model.layers.{k}.self_attn.{x}_proj" for k in rang
 
 
 @pytest.fixture
-def model(checkpoint) -> InstructSAM:
-    return InstructSAM.from_pretrained(checkpoint).eval()
+def model(checkpoint) -> InstructSAMModel:
+    return InstructSAMModel.from_pretrained(checkpoint).eval()
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,7 @@ def batch(checkpoint, world) -> dict:
     return processor.collate([processor.encode_sample(sample, True) for sample in samples])
 
 
-def outputs(model: InstructSAM, batch: dict) -> dict[str, torch.Tensor]:
+def outputs(model: InstructSAMModel, batch: dict) -> dict[str, torch.Tensor]:
     names = ("input_ids", "attention_mask", "pixel_values", "image_grid_thw", "detector_pixel_values")
     with torch.no_grad():
         output = model(*(batch[name] for name in names), turn_ids=batch["turn_ids"])
@@ -56,7 +56,7 @@ def outputs(model: InstructSAM, batch: dict) -> dict[str, torch.Tensor]:
     return {"hidden": output.language.hidden_BLC, "masks": found.pred_masks, "logits": found.pred_logits}
 
 
-def with_adapter(model: InstructSAM, std: float = 0.2) -> InstructSAM:
+def with_adapter(model: InstructSAMModel, std: float = 0.2) -> InstructSAMModel:
     """The model with adapters that do something."""
     add_lora(model, SMALL)
     generator = torch.Generator().manual_seed(1)
@@ -66,7 +66,7 @@ def with_adapter(model: InstructSAM, std: float = 0.2) -> InstructSAM:
     return model
 
 
-def describe(model: InstructSAM) -> list[tuple]:
+def describe(model: InstructSAMModel) -> list[tuple]:
     modules = [(name, type(module)) for name, module in model.named_modules()]
     return modules + [(name, p.shape, p.dtype, p.requires_grad) for name, p in model.named_parameters()]
 
@@ -133,13 +133,15 @@ def test_unknown_settings_are_errors():
 
 def test_without_peft_the_error_says_how_to_get_it(model, saved, monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
-    for call in (lambda: add_lora(model), lambda: InstructSAM.from_pretrained(saved)):
+    for call in (lambda: add_lora(model), lambda: InstructSAMModel.from_pretrained(saved)):
         with pytest.raises(ValueError, match=re.escape('pip install -e ".[lora]"')):
             call()
 
 
 def test_dropout_follows_the_models_mode(model, saved):
-    modes = {layer.lora_dropout["default"].training for _, layer in lora_layers(InstructSAM.from_pretrained(saved))}
+    modes = {
+        layer.lora_dropout["default"].training for _, layer in lora_layers(InstructSAMModel.from_pretrained(saved))
+    }
     assert modes == {False}
     merge_lora(model)
     add_lora(model.train(), SMALL)
@@ -150,7 +152,7 @@ def test_dropout_follows_the_models_mode(model, saved):
 
 
 def test_round_trip(model, saved, batch):
-    loaded = InstructSAM.from_pretrained(saved).eval()
+    loaded = InstructSAMModel.from_pretrained(saved).eval()
     assert lora_settings(loaded) == SMALL
     torch.testing.assert_close(loaded.state_dict(), model.state_dict(), atol=0, rtol=0)
     torch.testing.assert_close(outputs(loaded, batch), outputs(model, batch), atol=0, rtol=0)
@@ -161,25 +163,27 @@ def test_the_base_loads_without_peft(checkpoint, saved, batch, monkeypatch):
     original = load_file(checkpoint / "model.safetensors")
     torch.testing.assert_close(load_file(saved / "model.safetensors"), original, atol=0, rtol=0)
     shutil.rmtree(saved / ADAPTER_FOLDER)
-    base = InstructSAM.from_pretrained(saved).eval()
+    base = InstructSAMModel.from_pretrained(saved).eval()
     assert not has_lora(base)
-    plain = InstructSAM.from_pretrained(checkpoint).eval()
+    plain = InstructSAMModel.from_pretrained(checkpoint).eval()
     torch.testing.assert_close(outputs(base, batch), outputs(plain, batch), atol=0, rtol=0)
 
 
 def test_peft_itself_reads_the_adapter(checkpoint, model, saved, batch):
     import peft
 
-    theirs = peft.PeftModel.from_pretrained(InstructSAM.from_pretrained(checkpoint), str(saved / ADAPTER_FOLDER)).eval()
+    theirs = peft.PeftModel.from_pretrained(
+        InstructSAMModel.from_pretrained(checkpoint), str(saved / ADAPTER_FOLDER)
+    ).eval()
     expected = outputs(model, batch)
     torch.testing.assert_close(outputs(theirs.get_base_model(), batch), expected, atol=0, rtol=0)
-    plain = outputs(InstructSAM.from_pretrained(checkpoint).eval(), batch)
+    plain = outputs(InstructSAMModel.from_pretrained(checkpoint).eval(), batch)
     assert not torch.allclose(plain["masks"], expected["masks"], atol=1e-3)
 
 
 def test_load_adapter_takes_either_folder_and_a_model_with_or_without_lora(checkpoint, model, saved):
     for folder, prepared in ((saved, False), (saved / ADAPTER_FOLDER, True)):
-        base = InstructSAM.from_pretrained(checkpoint)
+        base = InstructSAMModel.from_pretrained(checkpoint)
         if prepared:
             add_lora(base, SMALL, seed=9)
         load_adapter(base, folder)
@@ -199,7 +203,7 @@ def test_one_dtype_in_the_files_and_none_of_it_in_the_model(model, tmp_path):
     for path in (tmp_path / "model.safetensors", tmp_path / ADAPTER_FOLDER / WEIGHTS_FILE):
         assert {tensor.dtype for tensor in load_file(path).values()} == {torch.bfloat16}
     assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "bfloat16"
-    loaded = InstructSAM.from_pretrained(tmp_path)
+    loaded = InstructSAMModel.from_pretrained(tmp_path)
     assert {parameter.dtype for parameter in loaded.parameters()} == {torch.bfloat16}
     rounded = {name: tensor.to(torch.bfloat16) for name, tensor in model.state_dict().items()}
     torch.testing.assert_close(loaded.state_dict(), rounded, atol=0, rtol=0)
@@ -207,18 +211,18 @@ def test_one_dtype_in_the_files_and_none_of_it_in_the_model(model, tmp_path):
 
 def test_a_model_without_lora_is_saved_plainly(checkpoint, model, saved):
     """Also over an earlier save with LoRA, whose adapter must not survive."""
-    plain = InstructSAM.from_pretrained(checkpoint)
+    plain = InstructSAMModel.from_pretrained(checkpoint)
     assert has_adapter(saved)
     save_with_adapter(plain, saved)
     assert not has_adapter(saved)
-    torch.testing.assert_close(InstructSAM.from_pretrained(saved).state_dict(), plain.state_dict(), atol=0, rtol=0)
+    torch.testing.assert_close(InstructSAMModel.from_pretrained(saved).state_dict(), plain.state_dict(), atol=0, rtol=0)
     assert base_state_dict(plain).keys() == plain.state_dict().keys() == base_state_dict(model).keys()
 
 
 def test_sharded_saving(model, tmp_path):
     save_with_adapter(with_adapter(model), tmp_path, max_shard_size="1MB")
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
-    loaded = InstructSAM.from_pretrained(tmp_path)
+    loaded = InstructSAMModel.from_pretrained(tmp_path)
     torch.testing.assert_close(loaded.state_dict(), model.state_dict(), atol=0, rtol=0)
 
 
@@ -242,7 +246,7 @@ def test_tensors_that_do_not_fit_are_named(checkpoint, saved, change, message):
     change(tensors)
     save_file(tensors, path)
     with pytest.raises(ValueError, match=message):
-        load_adapter(InstructSAM.from_pretrained(checkpoint), saved)
+        load_adapter(InstructSAMModel.from_pretrained(checkpoint), saved)
 
 
 @pytest.mark.parametrize(
@@ -260,11 +264,11 @@ def test_adapters_of_another_kind_are_refused(checkpoint, saved, change, message
     path = saved / ADAPTER_FOLDER / SETTINGS_FILE
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
     with pytest.raises(ValueError, match=message):
-        load_adapter(InstructSAM.from_pretrained(checkpoint), saved)
+        load_adapter(InstructSAMModel.from_pretrained(checkpoint), saved)
 
 
 def test_damaged_and_missing_files_are_errors(checkpoint, saved, tmp_path):
-    base = InstructSAM.from_pretrained(checkpoint)
+    base = InstructSAMModel.from_pretrained(checkpoint)
     weights = saved / ADAPTER_FOLDER / WEIGHTS_FILE
     weights.write_bytes(weights.read_bytes()[:-100])
     with pytest.raises(ValueError, match="adapter_model.safetensors: cannot be read"):
@@ -278,7 +282,7 @@ def test_damaged_and_missing_files_are_errors(checkpoint, saved, tmp_path):
 
 
 def test_settings_that_contradict_the_models_are_errors(checkpoint, saved):
-    base = InstructSAM.from_pretrained(checkpoint)
+    base = InstructSAMModel.from_pretrained(checkpoint)
     add_lora(base, LoraSettings(r=8))
     with pytest.raises(ValueError, match=r"r=4.*the model has LoraSettings\(r=8"):
         load_adapter(base, saved)
@@ -336,10 +340,10 @@ def test_a_broken_adapter_is_not_merged(model):
 
 def test_save_pretrained_writes_base_and_adapter_apart(checkpoint, tmp_path):
     """As everyone calls it: the folder must load again, with the adapter in its place."""
-    model = InstructSAM.from_pretrained(checkpoint)
+    model = InstructSAMModel.from_pretrained(checkpoint)
     add_lora(model, LoraSettings(r=2))
     model.save_pretrained(tmp_path / "whole")
-    again = InstructSAM.from_pretrained(tmp_path / "whole")
+    again = InstructSAMModel.from_pretrained(tmp_path / "whole")
     assert has_lora(again)
     left, right = model.state_dict(), again.state_dict()
     assert left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from instructsam.losses.criterion import SetCriterion
 from instructsam.models.decoding import decode
-from instructsam.models.modeling import InstructSAM
+from instructsam.models.modeling import InstructSAMModel
 from instructsam.training.objectives import InstructionObjective
 
 INPUTS = ("input_ids", "attention_mask", "pixel_values", "image_grid_thw", "detector_pixel_values")
@@ -113,7 +113,7 @@ def watch(model) -> dict[str, torch.dtype]:
 @devices
 def test_single_pass(golden_a, folder, dtype, device):
     reference, _, tensors = golden_a
-    model = InstructSAM.from_pretrained(folder, dtype=dtype).to(device)
+    model = InstructSAMModel.from_pretrained(folder, dtype=dtype).to(device)
     assert {parameter.dtype for parameter in model.parameters()} == {dtype}
     tables = {name: buffer for name, buffer in model.named_buffers() if buffer.is_floating_point()}
     assert any("inv_freq" in name for name in tables) and any("position_ids" in name for name in tables)
@@ -149,7 +149,7 @@ def test_decoding(golden_a, folder, dtype, device, rule):
     """A forced answer in steps gives the hidden states and masks that float32 gives."""
     reference, meta, tensors = golden_a
     expected_decoded, expected = decode_forced(reference, meta, tensors, rule)
-    model = InstructSAM.from_pretrained(folder, dtype=dtype).to(device)
+    model = InstructSAMModel.from_pretrained(folder, dtype=dtype).to(device)
     moved = {name: tensor.to(device) for name, tensor in tensors.items()}
     decoded, detections = decode_forced(model, meta, moved, rule)
     assert torch.equal(decoded.input_ids.cpu(), expected_decoded.input_ids)
@@ -163,7 +163,7 @@ def test_detector_alone(golden_a, folder, dtype, device):
     """The detector on the same queries and phrases, so that its own error is seen by itself."""
     reference, _, tensors = golden_a
     expected = one_pass(reference, tensors)
-    model = InstructSAM.from_pretrained(folder, dtype=dtype).to(device)
+    model = InstructSAMModel.from_pretrained(folder, dtype=dtype).to(device)
     features = model.detector.encode_image(tensors["detector_pixel_values"].to(device))
     assert {level.dtype for level in features.maps} == {dtype}
     bridge = expected.bridge
@@ -186,7 +186,7 @@ def test_detector_alone(golden_a, folder, dtype, device):
 def test_the_bounds_notice_coarse_weights(golden_a, folder, dtype):
     """Weights of three mantissa bits in place of bfloat16's seven, or seven for float16's ten: beyond the bounds."""
     reference, _, tensors = golden_a
-    model = InstructSAM.from_pretrained(folder, dtype=dtype)
+    model = InstructSAMModel.from_pretrained(folder, dtype=dtype)
     coarse = {torch.bfloat16: torch.float8_e4m3fn, torch.float16: torch.bfloat16}[dtype]
     for parameter in model.parameters():
         parameter.data = parameter.data.to(coarse).to(dtype)

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from instructsam.models.factory import load_processor
 from instructsam.models.loading import TensorFolder
-from instructsam.models.modeling import InstructSAM
+from instructsam.models.modeling import InstructSAMModel
 from instructsam.models.released import export_released, is_released
 from instructsam.processing.pretrained import CONFIG_NAME
 
@@ -54,12 +54,12 @@ def edit(source: Path, target: Path, change) -> Path:
 
 @pytest.mark.parametrize("shards", ["5GB", "200KB"])
 def test_round_trip_is_bit_identical(released, tmp_path, shards):
-    model = InstructSAM.from_pretrained(released)
+    model = InstructSAMModel.from_pretrained(released)
     model.save_pretrained(tmp_path / "ours", max_shard_size=shards)
-    export_released(InstructSAM.from_pretrained(tmp_path / "ours"), tmp_path / "again", max_shard_size=shards)
+    export_released(InstructSAMModel.from_pretrained(tmp_path / "ours"), tmp_path / "again", max_shard_size=shards)
     assert (tmp_path / "again" / "model.safetensors.index.json").exists() == (shards == "200KB")
     assert same(contents(released), contents(tmp_path / "again"))
-    again = InstructSAM.from_pretrained(tmp_path / "again")
+    again = InstructSAMModel.from_pretrained(tmp_path / "again")
     assert again.dtype == torch.bfloat16
     noted_by_saving = {"architectures": None, "dtype": None}
     assert {**again.config.to_dict(), **noted_by_saving} == {**model.config.to_dict(), **noted_by_saving}
@@ -68,9 +68,9 @@ def test_round_trip_is_bit_identical(released, tmp_path, shards):
 
 def test_loading_says_which_layout_it_saw(released, tmp_path, caplog):
     with caplog.at_level(logging.INFO, "instructsam"):
-        model = InstructSAM.from_pretrained(released)
+        model = InstructSAMModel.from_pretrained(released)
         model.save_pretrained(tmp_path)
-        ours = InstructSAM.from_pretrained(tmp_path)
+        ours = InstructSAMModel.from_pretrained(tmp_path)
     assert model.load_report.layout == "released InstructSAM" and ours.load_report.layout == "InstructSAM"
     assert len(model.load_report.loaded) == len(model.state_dict()) == len(ours.load_report.loaded)
     assert [record.levelname for record in caplog.records if "layout, read from" in record.message] == [
@@ -81,7 +81,7 @@ def test_loading_says_which_layout_it_saw(released, tmp_path, caplog):
 def test_the_loaded_model_is_whole(released):
     """Buffers, frozen flags and outputs, not only tensors: against a model built the ordinary way."""
     expected, _, tensors = load_golden(Path(__file__).parents[1] / "golden" / "a")
-    model = InstructSAM.from_pretrained(released, dtype=torch.float32)
+    model = InstructSAMModel.from_pretrained(released, dtype=torch.float32)
     buffers, wanted = dict(model.named_buffers()), dict(expected.named_buffers())
     assert same(buffers, wanted) and not model.training
     flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
@@ -95,9 +95,9 @@ def test_the_loaded_model_is_whole(released):
 
 def test_both_layouts_are_the_same_model_in_half_precision(released, tmp_path):
     """transformers' loading rounds SAM 3's position tables with the weights; both ways must keep them exact."""
-    left = InstructSAM.from_pretrained(released)
+    left = InstructSAMModel.from_pretrained(released)
     left.save_pretrained(tmp_path)
-    right = InstructSAM.from_pretrained(tmp_path)
+    right = InstructSAMModel.from_pretrained(tmp_path)
     assert {parameter.dtype for parameter in right.parameters()} == {torch.bfloat16}
     assert same(dict(left.named_buffers()), dict(right.named_buffers()))
     pixels = torch.randn(1, 3, 112, 112, generator=torch.Generator().manual_seed(0))
@@ -107,16 +107,17 @@ def test_both_layouts_are_the_same_model_in_half_precision(released, tmp_path):
 
 
 def test_dtype_and_attention_are_honoured(released):
-    model = InstructSAM.from_pretrained(released, dtype="float16", attn_implementation="flex_attention")
+    model = InstructSAMModel.from_pretrained(released, dtype="float16", attn_implementation="flex_attention")
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float16}
     assert model.vlm.language_model.config._attn_implementation == "flex_attention"
     assert (
-        InstructSAM.from_pretrained(released, torch_dtype=torch.float32, trust_remote_code=True).dtype == torch.float32
+        InstructSAMModel.from_pretrained(released, torch_dtype=torch.float32, trust_remote_code=True).dtype
+        == torch.float32
     )
     with pytest.raises(ValueError, match="quantization_config cannot be used with the released layout"):
-        InstructSAM.from_pretrained(released, quantization_config={})
+        InstructSAMModel.from_pretrained(released, quantization_config={})
     with pytest.raises(ValueError, match="attn_implementation='eager' is not one of sdpa, flex_attention"):
-        InstructSAM.from_pretrained(released, attn_implementation="eager")
+        InstructSAMModel.from_pretrained(released, attn_implementation="eager")
 
 
 @pytest.mark.parametrize(
@@ -133,7 +134,7 @@ def test_dtype_and_attention_are_honoured(released):
 )
 def test_a_wrong_tensor_is_named(released, tmp_path, change, message):
     with pytest.raises(ValueError, match=message):
-        InstructSAM.from_pretrained(edit(released, tmp_path / "wrong", change))
+        InstructSAMModel.from_pretrained(edit(released, tmp_path / "wrong", change))
 
 
 @pytest.mark.parametrize(
@@ -145,9 +146,9 @@ def test_a_wrong_tensor_is_named(released, tmp_path, change, message):
     ],
 )
 def test_a_wrong_tensor_of_our_own_layout_is_named(released, tmp_path, change, message):
-    InstructSAM.from_pretrained(released).save_pretrained(tmp_path / "ours")
+    InstructSAMModel.from_pretrained(released).save_pretrained(tmp_path / "ours")
     with pytest.raises(ValueError, match=message):
-        InstructSAM.from_pretrained(edit(tmp_path / "ours", tmp_path / "wrong", change))
+        InstructSAMModel.from_pretrained(edit(tmp_path / "ours", tmp_path / "wrong", change))
 
 
 @pytest.mark.parametrize("layout", ["released", "ours"])
@@ -157,11 +158,11 @@ def test_a_truncated_file_says_so(released, tmp_path, layout, keep):
     if layout == "released":
         shutil.copytree(released, folder)
     else:
-        InstructSAM.from_pretrained(released).save_pretrained(folder)
+        InstructSAMModel.from_pretrained(released).save_pretrained(folder)
     content = (folder / WEIGHTS).read_bytes()
     (folder / WEIGHTS).write_bytes(content[: int(len(content) * keep)])
     with pytest.raises(ValueError, match="truncated"):
-        InstructSAM.from_pretrained(folder)
+        InstructSAMModel.from_pretrained(folder)
 
 
 def test_pickles_are_never_read(released, tmp_path):
@@ -170,7 +171,7 @@ def test_pickles_are_never_read(released, tmp_path):
     (tmp_path / "pickled" / WEIGHTS).unlink()
     torch.save(tensors, tmp_path / "pickled" / "pytorch_model.bin")
     with pytest.raises(ValueError, match="safetensors"):
-        InstructSAM.from_pretrained(tmp_path / "pickled")
+        InstructSAMModel.from_pretrained(tmp_path / "pickled")
 
 
 def test_a_config_that_knows_nothing_of_us(released, tmp_path):
@@ -180,10 +181,10 @@ def test_a_config_that_knows_nothing_of_us(released, tmp_path):
     del values["instructsam"]
     (tmp_path / "bare" / "config.json").write_text(json.dumps(values))
     with pytest.raises(ValueError, match=r"of another shape: model\.grounding_model"):
-        InstructSAM.from_pretrained(tmp_path / "bare")
-    config = InstructSAM.from_pretrained(released).config
-    model = InstructSAM.from_pretrained(tmp_path / "bare", config=config)
-    assert same(model.state_dict(), InstructSAM.from_pretrained(released).state_dict())
+        InstructSAMModel.from_pretrained(tmp_path / "bare")
+    config = InstructSAMModel.from_pretrained(released).config
+    model = InstructSAMModel.from_pretrained(tmp_path / "bare", config=config)
+    assert same(model.state_dict(), InstructSAMModel.from_pretrained(released).state_dict())
 
 
 def test_names_of_tensors_tell_more_than_the_configuration(released, tmp_path):
@@ -192,16 +193,16 @@ def test_names_of_tensors_tell_more_than_the_configuration(released, tmp_path):
     values = json.loads((released / "config.json").read_text())
     values["text_config"]["tie_word_embeddings"] = values.pop("tie_word_embeddings")
     (tmp_path / "named" / "config.json").write_text(json.dumps({**values, "model_type": "instructsam"}))
-    model = InstructSAM.from_pretrained(tmp_path / "named")
+    model = InstructSAMModel.from_pretrained(tmp_path / "named")
     assert model.load_report.layout == "released InstructSAM" and model.lm_head is None
 
 
 def test_another_model_is_refused(qwen3_vl_dir, tmp_path):
     assert not is_released(qwen3_vl_dir)
     with pytest.raises(ValueError, match="holds a 'qwen3_vl' model"):
-        InstructSAM.from_pretrained(qwen3_vl_dir)
+        InstructSAMModel.from_pretrained(qwen3_vl_dir)
     with pytest.raises(ValueError, match=r"nowhere"):
-        InstructSAM.from_pretrained(tmp_path / "nowhere")
+        InstructSAMModel.from_pretrained(tmp_path / "nowhere")
 
 
 def test_a_processor_for_the_released_layout(checkpoint, tmp_path):
@@ -210,7 +211,7 @@ def test_a_processor_for_the_released_layout(checkpoint, tmp_path):
 
     export(checkpoint, tmp_path / "released")
     assert not (tmp_path / "released" / CONFIG_NAME).exists()
-    config = InstructSAM.from_pretrained(tmp_path / "released").config
+    config = InstructSAMModel.from_pretrained(tmp_path / "released").config
     mine, own = load_processor(tmp_path / "released", config), load_processor(checkpoint, config)
     assert mine.chat.token_ids == own.chat.token_ids and mine.vlm_image == own.vlm_image
     assert mine.mask_size == own.mask_size and mine.detector_image == own.detector_image
@@ -224,5 +225,5 @@ def test_large_photographs_leave_room_for_words(checkpoint, tmp_path):
     path = tmp_path / "released" / "preprocessor_config.json"
     size = {"shortest_edge": 4096, "longest_edge": 1 << 24}
     path.write_text(json.dumps({**json.loads(path.read_text()), "size": size}))
-    processor = load_processor(tmp_path / "released", InstructSAM.from_pretrained(tmp_path / "released").config)
+    processor = load_processor(tmp_path / "released", InstructSAMModel.from_pretrained(tmp_path / "released").config)
     assert processor.vlm_image.max_pixels == 8192 * processor.vlm_image.factor**2

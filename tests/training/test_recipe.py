@@ -23,7 +23,7 @@ from instructsam.merge import merge
 from instructsam.models.full_size import full_size_config
 from instructsam.models.loading import empty_model
 from instructsam.models.lora import add_lora, lora_layers, lora_settings
-from instructsam.models.modeling import InstructSAM
+from instructsam.models.modeling import InstructSAMModel
 from instructsam.predictor import Predictor
 from instructsam.structures import PhraseTarget, Turn
 from instructsam.train import train
@@ -35,7 +35,7 @@ from instructsam.training.precision import cast_frozen
 
 REPOSITORY = Path(__file__).parents[2]
 LAYERS, LANGUAGE = 4, "model.vlm.language_model"
-# Tensors of the detector that no output depends on (`InstructSAM.freeze_unused`).
+# Tensors of the detector that no output depends on (`InstructSAMModel.freeze_unused`).
 UNUSED = (
     "text_projection.", "geometry_encoder.", "mask_decoder.semantic_projection.", "detr_decoder.query_embed.",
     "mask_decoder.pixel_decoder.conv_layers.2.", "mask_decoder.pixel_decoder.norms.2.",
@@ -122,7 +122,7 @@ def test_full_fine_tuning_trains_the_language_model_itself(world):
 
 def test_the_recipe_at_full_size():
     """The patterns on the names of the real model, whose tensors are never made."""
-    model = empty_model(InstructSAM, full_size_config())
+    model = empty_model(InstructSAMModel, full_size_config())
     model.freeze_unused()
     add_lora(model)
     objective = torch.nn.ModuleDict({"model": model})
@@ -236,7 +236,7 @@ def test_saved_models_have_one_dtype_and_work(stages, world):
         predictor = Predictor.from_pretrained(stages / name)
         found = predictor.segment([sample.image], phrases=[["red circles"]], threshold=0.0)[0]
         assert len(found.instances) == 6 and all(0 <= instance.score <= 1 for instance in found.instances)
-    assert lora_settings(InstructSAM.from_pretrained(stages / "two/checkpoint")).r == 4
+    assert lora_settings(InstructSAMModel.from_pretrained(stages / "two/checkpoint")).r == 4
 
 
 def test_only_the_recipes_tensors_have_moved(stages, world):
