@@ -23,7 +23,8 @@ from instructsam.models.factory import load_processor
 from instructsam.models.hub import resolve
 from instructsam.models.modeling import BridgeOutput, InstructSAMModel
 from instructsam.models.placement import as_device, as_dtype
-from instructsam.models.stages import Detection, Prepared, Understanding
+from instructsam.models.stages import Detection, EncodedImages, Prepared, Understanding
+from instructsam.processing.chat import IGNORED, ChatTurn, Turns
 from instructsam.processing.processor import InstructSAMProcessor
 from instructsam.structures import Prediction
 
@@ -149,23 +150,99 @@ class Predictor:
         items = []
         for image, instruction, answer in zip(images, instructions, phrases, strict=True):
             item = self.processor.encode_image(image)
-            chat = self.processor.encode_chat(item["image_grid_thw"], [(instruction, answer)])
-            items.append({**item, "input_ids": chat.input_ids})
+            items.append({**item, **self._chat_item(item["image_grid_thw"], [(instruction, answer)])})
+        return self._prepared(items, phrases, [item["size"] for item in items])
+
+    def _chat_item(self, grid_thw: Tensor, turns: Turns) -> dict[str, Any]:
+        chat = self.processor.encode_chat(grid_thw, turns)
+        last_answer = (chat.turn_ids == len(turns)) & (chat.labels != IGNORED)
+        start = int(last_answer.int().argmax()) if bool(last_answer.any()) else len(chat.input_ids)
+        return {"input_ids": chat.input_ids, "answer_start": start}
+
+    def _prepared(
+        self,
+        items: list[dict[str, Any]],
+        phrases: Sequence[Sequence[str] | None],
+        sizes: list[tuple[int, int]],
+    ) -> Prepared:
         batch = self.processor.collate(items)
         if self.model.device.type == "cuda":  # so that the copy to the GPU need not wait
             batch = {key: v.pin_memory() if isinstance(v, Tensor) else v for key, v in batch.items()}
-        return Prepared(batch, phrases, [item["size"] for item in items])
+        return Prepared(batch, phrases, sizes, [item["answer_start"] for item in items])
 
-    @torch.no_grad()
-    def _understand(
-        self, prepared: Prepared, max_new_tokens: int | None = None, max_phrases: int | None = None
-    ) -> Understanding:
-        phrases = prepared.phrases
-        batch = {
+    def _on_device(self, prepared: Prepared) -> dict[str, Any]:
+        return {
             key: value.to(self.model.device, non_blocking=True) if isinstance(value, Tensor) else value
             for key, value in prepared.batch.items()
         }
-        vision = (batch["pixel_values"], batch["image_grid_thw"])
+
+    def _understand(
+        self, prepared: Prepared, max_new_tokens: int | None = None, max_phrases: int | None = None
+    ) -> Understanding:
+        batch = self._on_device(prepared)
+        encoded = self._encode_images(batch, prepared.sizes)
+        return self._answer(batch, prepared, encoded, None, max_new_tokens, max_phrases)
+
+    def _encode_images(self, batch: dict[str, Any], sizes: list[tuple[int, int]]) -> EncodedImages:
+        vision = self.model.encode_vision(batch["pixel_values"], batch["image_grid_thw"])
+        features = self.model.detector.encode_image(batch["detector_pixel_values"])
+        return EncodedImages(vision, batch["image_grid_thw"], features, sizes)
+
+    # ---- the same in two steps, for pictures that are asked about more than once -----------------------------------
+
+    @torch.no_grad()
+    def encode_images(self, images: Sequence[Any]) -> EncodedImages:
+        """Run both vision encoders on pictures (paths or PIL images), all that does not depend on an instruction."""
+        items = [self.processor.encode_image(image) for image in images]
+        placeholder = torch.zeros(1, dtype=torch.long)
+        prepared = self._prepared(
+            [{**item, "input_ids": placeholder, "answer_start": 0} for item in items],
+            [None] * len(items),
+            [item["size"] for item in items],
+        )
+        return self._encode_images(self._on_device(prepared), prepared.sizes)
+
+    @torch.no_grad()
+    def answer(
+        self,
+        encoded: EncodedImages,
+        image_of_row: Sequence[int],
+        conversations: Sequence[Turns],
+        max_new_tokens: int | None = None,
+        max_phrases: int | None = None,
+    ) -> Understanding:
+        """Run everything else up to the bridge on one batch of conversations.
+
+        Args:
+            encoded: pictures; image_of_row: which of them each conversation is about.
+            conversations: turns with their phrases; those of the last one are None (the answer is written) in all
+                conversations or in none. Only the last turn's phrases come back.
+            max_new_tokens, max_phrases: as in `segment`.
+        """
+        items = [
+            self._chat_item(encoded.grid_thw[image].cpu(), turns)
+            for image, turns in zip(image_of_row, conversations, strict=True)
+        ]
+        phrases = [ChatTurn(*turns[-1]).phrases for turns in conversations]
+        prepared = self._prepared(items, phrases, [encoded.sizes[image] for image in image_of_row])
+        return self._answer(
+            self._on_device(prepared), prepared, encoded, list(image_of_row), max_new_tokens, max_phrases
+        )
+
+    def _answer(
+        self,
+        batch: dict[str, Any],
+        prepared: Prepared,
+        encoded: EncodedImages,
+        image_of_row: list[int] | None,
+        max_new_tokens: int | None,
+        max_phrases: int | None,
+    ) -> Understanding:
+        """`image_of_row`: None where each row has a picture of its own."""
+        phrases = prepared.phrases
+        vision = (encoded.vision, encoded.grid_thw)
+        if image_of_row is not None:
+            vision = (encoded.vision.select(image_of_row), encoded.grid_thw[image_of_row])
         input_ids, attention_mask = batch["input_ids"], batch["attention_mask"]
         if all(answer is None for answer in phrases):
             decoded = decode(
@@ -191,13 +268,19 @@ class Predictor:
             found = [list(answer or ()) for answer in phrases]
             answers_ids = [self.processor.chat.answer(answer) for answer in found]
             finished = [True] * len(found)
+        bridge = self.model.bridge(input_ids, language)
+        start_B = torch.tensor(prepared.answer_start, device=input_ids.device)
+        said_now = language.phrases.queries[:, 0] >= start_B[language.phrases.row]
+        bridge = bridge.select(said_now.nonzero()[:, 0])
+        if image_of_row is not None:
+            bridge.phrase_image_P = torch.tensor(image_of_row, device=input_ids.device)[bridge.phrase_image_P]
         return Understanding(
             answers=[self.processor.chat.answer_text(ids) for ids in answers_ids],
             phrases=found,
             sizes=prepared.sizes,
             finished=finished,
-            features=self.model.detector.encode_image(batch["detector_pixel_values"]),
-            bridge=self.model.bridge(input_ids, language),
+            features=encoded.detector,
+            bridge=bridge,
         )
 
     @torch.no_grad()

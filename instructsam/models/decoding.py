@@ -19,7 +19,7 @@ from transformers import DynamicCache
 
 from instructsam.models.attention_mask import TokenLayout, dense_mask
 from instructsam.models.decoding_rules import DEFAULT_RULE, DecodingRule, decoding_rule
-from instructsam.models.modeling import InstructSAMModel, LanguageOutput
+from instructsam.models.modeling import InstructSAMModel, LanguageOutput, VisionFeatures
 
 # (step, logits (B, V) with forbidden tokens at -inf) → token ids (B,)
 Chooser = Callable[[int, Tensor], Tensor]
@@ -66,7 +66,7 @@ def decode(
     model: InstructSAMModel,
     input_ids: Tensor,
     attention_mask: Tensor,
-    pixel_values: Tensor | None,
+    pixel_values: Tensor | VisionFeatures | None,
     image_grid_thw: Tensor | None,
     max_new_tokens: int = 128,
     max_phrases: int = 10,
@@ -76,7 +76,8 @@ def decode(
     """Write the answers of a batch of prompts.
 
     Args:
-        input_ids: (B, L) int64 prompts up to and including the assistant's header, padded on the right.
+        input_ids: (B, L) int64 prompts up to and including the assistant's header, padded on the right; with earlier
+            turns and their answers, if there are any.
         attention_mask: (B, L) bool.
         pixel_values, image_grid_thw: as in `InstructSAMModel.forward`.
         max_new_tokens: limit on written tokens a row (query blocks do not count).
@@ -111,7 +112,7 @@ class _Decoder:
         self,
         input_ids: Tensor,
         attention_mask: Tensor,
-        pixel_values: Tensor | None,
+        pixel_values: Tensor | VisionFeatures | None,
         image_grid_thw: Tensor | None,
         max_new_tokens: int,
     ) -> DecodedAnswer:
@@ -148,7 +149,11 @@ class _Decoder:
         return self._finish(answer_start, ~active)
 
     def _prefill(
-        self, input_ids: Tensor, attention_mask: Tensor, pixel_values: Tensor | None, image_grid_thw: Tensor | None
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        pixel_values: Tensor | VisionFeatures | None,
+        image_grid_thw: Tensor | None,
     ) -> Tensor:
         embeddings, is_image, deepstack = self.model.embed(input_ids, pixel_values, image_grid_thw)
         positions = self.rule.positions(self.model, input_ids, attention_mask, image_grid_thw)
@@ -156,6 +161,7 @@ class _Decoder:
         self.next_position_B = counted.amax(0).masked_fill(~attention_mask, -1).amax(-1) + 1
         self.cache = DynamicCache(config=self.model.vlm.language_model.config)
         self.layout = self.rule.adapt(self.model.layout(input_ids, attention_mask), input_ids, self.model.config)
+        self.prompt_blocks_B = self.layout.block.amax(-1) + 1  # those of earlier answers
         self.tokens: list[Tensor] = [input_ids]
         self.hidden: list[Tensor] = []
         extra = {"visual_pos_masks": is_image, "deepstack_visual_embeds": deepstack} if deepstack else {}
@@ -164,7 +170,7 @@ class _Decoder:
     def _feed(self, chunk_BK: Tensor, valid_BK: Tensor, num_phrases: Tensor) -> Tensor:
         """One step over the cache; padded positions are never seen and their results never read."""
         is_query = (chunk_BK == self.ids["seg"]) & valid_BK
-        block = torch.where(is_query, num_phrases[:, None] - 1, -1)
+        block = torch.where(is_query, self.prompt_blocks_B[:, None] + num_phrases[:, None] - 1, -1)
         new = TokenLayout(valid_BK, block, torch.zeros_like(valid_BK))
         self.layout = self.layout.append(self.rule.adapt(new, chunk_BK, self.model.config))
         self.tokens.append(chunk_BK)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from instructsam.models.attention_mask import TokenLayout
 from instructsam.models.configuration import InstructSAMConfig
-from instructsam.models.modeling import InstructSAMModel, LanguageOutput
+from instructsam.models.modeling import InstructSAMModel, LanguageOutput, VisionFeatures
 from instructsam.models.phrases import PhraseIndex, find_phrases
 
 
@@ -82,7 +82,7 @@ class DecodingRule:
         model: InstructSAMModel,
         input_ids: Tensor,
         attention_mask: Tensor,
-        pixel_values: Tensor | None,
+        pixel_values: Tensor | VisionFeatures | None,
         image_grid_thw: Tensor | None,
     ) -> LanguageOutput:
         """`InstructSAMModel.run_language_model` under this rule: prompt and answer in one pass.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,6 +38,26 @@ ATTENTION = ("sdpa", "flex_attention")
 
 
 @dataclass
+class VisionFeatures:
+    """What the VLM's vision tower makes of pictures, one after the other: takes the place of their pixels.
+
+    Attributes:
+        tokens: per picture (T, C), one row an image token.
+        deepstack: per picture a list of (T, C), for the language model's first layers.
+    """
+
+    tokens: list[Tensor]
+    deepstack: list[list[Tensor]]
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def select(self, indices: Sequence[int]) -> VisionFeatures:
+        """The features of these pictures, in this order; one may come several times."""
+        return VisionFeatures([self.tokens[k] for k in indices], [self.deepstack[k] for k in indices])
+
+
+@dataclass
 class LanguageOutput:
     """What the language model yields: last hidden states (B, L, C), one per layer if asked for, and the phrases."""
 
@@ -60,6 +81,15 @@ class BridgeOutput:
     phrase_features_PTC: Tensor
     phrase_mask_PT: Tensor
     phrase_image_P: Tensor
+
+    def select(self, index: Tensor) -> BridgeOutput:
+        """These phrases only."""
+        return BridgeOutput(
+            self.queries_PNC[index],
+            self.phrase_features_PTC[index],
+            self.phrase_mask_PT[index],
+            self.phrase_image_P[index],
+        )
 
 
 @dataclass
@@ -217,12 +247,23 @@ class InstructSAMModel(PreTrainedModel):
         device = embeddings.device.type
         return embeddings.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else embeddings
 
+    def encode_vision(self, pixel_values: Tensor, image_grid_thw: Tensor) -> VisionFeatures:
+        """Run the VLM's vision tower on the patches of some pictures."""
+        vision = self.vlm.get_image_features(pixel_values, image_grid_thw)
+        tokens = list(vision.pooler_output)
+        lengths = [len(rows) for rows in tokens]
+        # Per picture in some versions of transformers, of all pictures together in others.
+        layers = [f if isinstance(f, Tensor) else torch.cat(tuple(f)) for f in vision.deepstack_features]
+        split = [layer.split(lengths) for layer in layers]
+        return VisionFeatures(tokens, [[layer[k] for layer in split] for k in range(len(tokens))])
+
     def embed(
-        self, input_ids: Tensor, pixel_values: Tensor | None, image_grid_thw: Tensor | None
+        self, input_ids: Tensor, pixel_values: Tensor | VisionFeatures | None, image_grid_thw: Tensor | None
     ) -> tuple[Tensor, Tensor, list[Tensor]]:
         """Token embeddings (B, L, C) with image features and query bank in place, image mask (B, L), deepstack maps.
 
-        Without any picture (`pixel_values` of length 0) the vision tower runs on a blank one whose features are cut
+        `pixel_values` are the pictures' patches, or what `encode_vision` made of them.
+        Without any picture (patches of length 0) the vision tower runs on a blank one whose features are cut
         away, so that its parameters have gradients, which are zero: DDP waits for them. With None it does not run.
         """
         embeddings = self.look_up(input_ids)
@@ -230,14 +271,16 @@ class InstructSAMModel(PreTrainedModel):
         deepstack: list[Tensor] = []
         if pixel_values is not None:
             no_picture = not len(pixel_values)
-            if no_picture:
-                assert image_grid_thw is not None
-                merge = self.config.vlm_config.vision_config.spatial_merge_size
-                pixel_values = pixel_values.new_zeros(merge**2, pixel_values.shape[1])
-                image_grid_thw = image_grid_thw.new_tensor([[1, merge, merge]])
-            vision = self.vlm.get_image_features(pixel_values, image_grid_thw)
-            features = torch.cat(tuple(vision.pooler_output))
-            deepstack = [f if isinstance(f, Tensor) else torch.cat(tuple(f)) for f in vision.deepstack_features]
+            vision = pixel_values
+            if not isinstance(vision, VisionFeatures):
+                assert isinstance(pixel_values, Tensor) and image_grid_thw is not None
+                if no_picture:
+                    merge = self.config.vlm_config.vision_config.spatial_merge_size
+                    pixel_values = pixel_values.new_zeros(merge**2, pixel_values.shape[1])
+                    image_grid_thw = image_grid_thw.new_tensor([[1, merge, merge]])
+                vision = self.encode_vision(pixel_values, image_grid_thw)
+            features = torch.cat(vision.tokens)
+            deepstack = [torch.cat(layer) for layer in zip(*vision.deepstack, strict=True)]
             if no_picture:
                 features, deepstack = features[:0], [f[:0] for f in deepstack]
             if len(features) != int(is_image.sum()):
@@ -261,7 +304,7 @@ class InstructSAMModel(PreTrainedModel):
         self,
         input_ids: Tensor,
         attention_mask: Tensor,
-        pixel_values: Tensor | None,
+        pixel_values: Tensor | VisionFeatures | None,
         image_grid_thw: Tensor | None,
         position_ids: Tensor | None = None,
         turn_ids: Tensor | None = None,

@@ -6,8 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from instructsam.models.detector import DetectorOutput, ImageFeatures
-from instructsam.models.modeling import BridgeOutput
+from instructsam.models.modeling import BridgeOutput, VisionFeatures
 
 
 @dataclass
@@ -17,11 +20,65 @@ class Prepared:
     Attributes:
         batch: what the processor's `collate` gives.
         phrases: the phrases of each answer, None where they are to be written; sizes: (height, width) of each image.
+        answer_start: of each row, the position of the last answer's first token: earlier turns lie before it.
     """
 
     batch: dict[str, Any]
     phrases: Sequence[Sequence[str] | None]
     sizes: list[tuple[int, int]]
+    answer_start: list[int]
+
+
+@dataclass
+class EncodedImages:
+    """What both vision encoders made of some pictures, on the model's device.
+
+    Attributes:
+        vision: of the VLM; grid_thw: (images, 3), its patches; detector: the detector's maps.
+        sizes: (height, width) of each picture.
+    """
+
+    vision: VisionFeatures
+    grid_thw: Tensor
+    detector: ImageFeatures
+    sizes: list[tuple[int, int]]
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    def split(self) -> list[EncodedImages]:
+        """One by one, in memory of their own: none keeps the others alive."""
+        return [
+            EncodedImages(
+                VisionFeatures(
+                    [self.vision.tokens[k].clone()], [[layer.clone() for layer in self.vision.deepstack[k]]]
+                ),
+                self.grid_thw[k : k + 1].clone(),
+                ImageFeatures(
+                    [m[k : k + 1].clone() for m in self.detector.maps],
+                    [p[k : k + 1].clone() for p in self.detector.positions],
+                ),
+                [size],
+            )
+            for k, size in enumerate(self.sizes)
+        ]
+
+    @staticmethod
+    def join(parts: Sequence[EncodedImages]) -> EncodedImages:
+        """The pictures of all parts, one after the other."""
+        if len(parts) == 1:
+            return parts[0]
+        maps = zip(*(part.detector.maps for part in parts), strict=True)
+        positions = zip(*(part.detector.positions for part in parts), strict=True)
+        return EncodedImages(
+            VisionFeatures(
+                [tokens for part in parts for tokens in part.vision.tokens],
+                [layers for part in parts for layers in part.vision.deepstack],
+            ),
+            torch.cat([part.grid_thw for part in parts]),
+            ImageFeatures([torch.cat(m) for m in maps], [torch.cat(p) for p in positions]),
+            [size for part in parts for size in part.sizes],
+        )
 
 
 @dataclass
