@@ -1,7 +1,4 @@
-"""What a user holds: images and instructions in, predictions out.
-
-    predictor = Predictor.from_pretrained("checkpoints/tiny")
-    prediction = predictor.segment("image.png", "the red circles")[0]
+"""The model with its processor, one batch at a time: what the harness evaluates and `InstructSAM` is built upon.
 
 ``decoding="released"`` answers as the released inference code does, see `models.decoding_rules`.
 
@@ -37,7 +34,7 @@ class Predictor:
     Args:
         model, processor: of one checkpoint.
         decoding: ``trained`` or ``released``, for written answers and for given phrases alike.
-        max_new_tokens, max_phrases: limits on the written answer, where a call does not give its own.
+        max_new_tokens, max_phrases: limits on the written answer; of the first a call may give its own.
 
     Raises:
         ValueError: unknown decoding, a limit below 1.
@@ -88,46 +85,23 @@ class Predictor:
         return cls(model, load_processor(folder, model.config), rule, max_new_tokens)
 
     def segment(
-        self,
-        images: Any,
-        instructions: str | Sequence[str] | None = None,
-        phrases: Sequence[Sequence[str]] | Sequence[str] | None = None,
-        threshold: float = 0.3,
-        max_new_tokens: int | None = None,
-        max_phrases: int | None = None,
-        batch_size: int = 8,
+        self, images: Sequence[Any], instructions: Sequence[str], *, threshold: float = 0.3
     ) -> list[Prediction]:
-        """Segment every instance that each instruction asks for.
+        """Segment every instance that each instruction asks for, in one batch.
 
         Args:
-            images: a path or PIL image, or a list of them.
-            instructions: one per image, or several for one image. May be left out with `phrases`.
-            phrases: per image the phrases of the answer; then nothing is generated and all runs in one forward pass.
+            images: paths or PIL images.
+            instructions: as many.
             threshold: instances with score > threshold are kept.
-            max_new_tokens, max_phrases: limits on the written answer; None = the predictor's own. A `Prediction` whose
-                answer reached the first has ``meta["finished"]`` False, and may lack phrases.
-            batch_size: images run through the model at once.
 
         Returns:
-            One `Prediction` per instruction, in order.
+            One `Prediction` per instruction, in order. One whose answer reached the limit of tokens has
+            ``meta["finished"]`` False, and may lack phrases.
 
         Raises:
-            ValueError: no image, an empty instruction, lists of different lengths (each says which one).
+            ValueError: an image that cannot be read, an empty instruction.
         """
-        max_phrases = self.max_phrases if max_phrases is None else max_phrases
-        images, instructions, phrase_lists = self._check(images, instructions, phrases, max_phrases)
-        if not 0 <= threshold <= 1:
-            raise ValueError(f"threshold={threshold} is not between 0 and 1")
-        if batch_size < 1:
-            raise ValueError(f"batch_size={batch_size}: must be at least 1")
-        predictions: list[Prediction] = []
-        for start in range(0, len(images), batch_size):
-            stop = start + batch_size
-            understanding = self.understand(
-                images[start:stop], instructions[start:stop], phrase_lists[start:stop], max_new_tokens, max_phrases
-            )
-            predictions.extend(self.detect(understanding, threshold=threshold))
-        return predictions
+        return self.finish(self.compute(self.prepare(images, instructions)), threshold)
 
     @torch.no_grad()
     def understand(
@@ -135,14 +109,9 @@ class Predictor:
         images: Sequence[Any],
         instructions: Sequence[str],
         phrases: Sequence[Sequence[str] | None],
-        max_new_tokens: int | None = None,
-        max_phrases: int | None = None,
     ) -> Understanding:
-        """Run everything up to the bridge on one batch; `phrases` all None = write the answers.
-
-        Limits as in `segment`.
-        """
-        return self._understand(self._encode(images, instructions, phrases), max_new_tokens, max_phrases)
+        """Run everything up to the bridge on one batch; `phrases` all None = write the answers."""
+        return self._understand(self._encode(images, instructions, phrases))
 
     def _encode(
         self, images: Sequence[Any], instructions: Sequence[str], phrases: Sequence[Sequence[str] | None]
@@ -176,12 +145,10 @@ class Predictor:
             for key, value in prepared.batch.items()
         }
 
-    def _understand(
-        self, prepared: Prepared, max_new_tokens: int | None = None, max_phrases: int | None = None
-    ) -> Understanding:
+    def _understand(self, prepared: Prepared) -> Understanding:
         batch = self._on_device(prepared)
         encoded = self._encode_images(batch, prepared.sizes)
-        return self._answer(batch, prepared, encoded, None, max_new_tokens, max_phrases)
+        return self._answer(batch, prepared, encoded, None, None)
 
     def _encode_images(self, batch: dict[str, Any], sizes: list[tuple[int, int]]) -> EncodedImages:
         vision = self.model.encode_vision(batch["pixel_values"], batch["image_grid_thw"])
@@ -202,6 +169,23 @@ class Predictor:
         )
         return self._encode_images(self._on_device(prepared), prepared.sizes)
 
+    def check(self, turns: Turns, size: tuple[int, int] | None = None) -> None:
+        """Raise what a conversation cannot be answered for, before anything is encoded.
+
+        Args:
+            turns: as in `answer`.
+            size: (height, width) of its picture, if it is known yet.
+
+        Raises:
+            DataError: an empty text, one with a reserved token, a sequence too long.
+            ValueError: too many phrases, a picture too thin.
+        """
+        wanted = len(ChatTurn(*turns[-1]).phrases or ())
+        if wanted > self.max_phrases:
+            raise ValueError(f"{wanted} phrases, more than max_phrases={self.max_phrases}")
+        grid_thw = None if size is None else self.processor.vlm_image.grid_thw(*size)
+        self.processor.encode_chat(grid_thw, turns)
+
     @torch.no_grad()
     def answer(
         self,
@@ -209,7 +193,6 @@ class Predictor:
         image_of_row: Sequence[int],
         conversations: Sequence[Turns],
         max_new_tokens: int | None = None,
-        max_phrases: int | None = None,
     ) -> Understanding:
         """Run everything else up to the bridge on one batch of conversations.
 
@@ -217,7 +200,7 @@ class Predictor:
             encoded: pictures; image_of_row: which of them each conversation is about.
             conversations: turns with their phrases; those of the last one are None (the answer is written) in all
                 conversations or in none. Only the last turn's phrases come back.
-            max_new_tokens, max_phrases: as in `segment`.
+            max_new_tokens: limit on the written answers; None = the predictor's own.
         """
         items = [
             self._chat_item(encoded.grid_thw[image].cpu(), turns)
@@ -225,9 +208,7 @@ class Predictor:
         ]
         phrases = [ChatTurn(*turns[-1]).phrases for turns in conversations]
         prepared = self._prepared(items, phrases, [encoded.sizes[image] for image in image_of_row])
-        return self._answer(
-            self._on_device(prepared), prepared, encoded, list(image_of_row), max_new_tokens, max_phrases
-        )
+        return self._answer(self._on_device(prepared), prepared, encoded, list(image_of_row), max_new_tokens)
 
     def _answer(
         self,
@@ -236,7 +217,6 @@ class Predictor:
         encoded: EncodedImages,
         image_of_row: list[int] | None,
         max_new_tokens: int | None,
-        max_phrases: int | None,
     ) -> Understanding:
         """`image_of_row`: None where each row has a picture of its own."""
         phrases = prepared.phrases
@@ -251,7 +231,7 @@ class Predictor:
                 attention_mask,
                 *vision,
                 max_new_tokens=self.max_new_tokens if max_new_tokens is None else max_new_tokens,
-                max_phrases=self.max_phrases if max_phrases is None else max_phrases,
+                max_phrases=self.max_phrases,
                 rule=self.rule,
             )
             input_ids, language = decoded.input_ids, decoded.language
@@ -285,7 +265,10 @@ class Predictor:
 
     @torch.no_grad()
     def detect(
-        self, understanding: Understanding, threshold: float = 0.3, queries_PNC: Tensor | None = None
+        self,
+        understanding: Understanding,
+        threshold: float | Sequence[float] = 0.3,
+        queries_PNC: Tensor | None = None,
     ) -> list[Prediction]:
         """Detector and post-processing; `queries_PNC` stands in for the projected queries (query reliance)."""
         return self.finish(self._detect(understanding, queries_PNC), threshold)
@@ -318,8 +301,7 @@ class Predictor:
 
     def prepare(self, images: Sequence[Any], instructions: Sequence[str]) -> Prepared:
         """Read and transform one batch; needs no model, may run in any thread."""
-        images, instructions, phrases = self._check(list(images), list(instructions), None, self.max_phrases)
-        return self._encode(images, instructions, phrases)
+        return self._encode(images, instructions, [None] * len(images))
 
     @torch.no_grad()
     def compute(self, prepared: Prepared) -> Detection:
@@ -327,12 +309,14 @@ class Predictor:
         return self._detect(self._understand(prepared))
 
     @torch.no_grad()
-    def finish(self, detection: Detection, threshold: float = 0.3) -> list[Prediction]:
-        """Keep score > threshold; masks at image size, run-length encoded."""
+    def finish(self, detection: Detection, threshold: float | Sequence[float] = 0.3) -> list[Prediction]:
+        """Keep score > threshold (one for all, or one for each answer); masks at image size, run-length encoded."""
         output = detection.output
+        rows = len(detection.answers)
+        thresholds = [threshold] * rows if isinstance(threshold, (int, float)) else threshold
         predictions, start = [], 0
-        for answer, phrases, (height, width), finished in zip(
-            detection.answers, detection.phrases, detection.sizes, detection.finished, strict=True
+        for answer, phrases, (height, width), finished, least in zip(
+            detection.answers, detection.phrases, detection.sizes, detection.finished, thresholds, strict=True
         ):
             stop = start + len(phrases)
             instances = []
@@ -346,43 +330,9 @@ class Predictor:
                     output.pred_boxes[start:stop],
                     phrases,
                     (height, width),
-                    threshold,
+                    least,
                 )
             meta = {"finished": finished}
             predictions.append(Prediction(answer, tuple(phrases), tuple(instances), height, width, meta))
             start = stop
         return predictions
-
-    @staticmethod
-    def _check(
-        images: Any, instructions: Any, phrases: Any, max_phrases: int
-    ) -> tuple[list[Any], list[str], list[list[str] | None]]:
-        images = list(images) if isinstance(images, (list, tuple)) else [images]
-        if not images:
-            raise ValueError("no image given")
-        if instructions is None and phrases is None:
-            raise ValueError("give instructions, phrases, or both")
-        phrase_lists: list[list[str] | None] = [None] * len(images)
-        if phrases is not None:
-            phrases = list(phrases)
-            if all(isinstance(phrase, str) for phrase in phrases):
-                phrases = [phrases] if len(images) == 1 else [[phrase] for phrase in phrases]
-            phrase_lists = [list(group) for group in phrases]
-            for index, group in enumerate(phrase_lists):
-                if not group or any(not isinstance(p, str) or not p.strip() for p in group):
-                    raise ValueError(f"phrases of image {index} are empty: {group!r}")
-                if len(group) > max_phrases:
-                    raise ValueError(f"image {index} has {len(group)} phrases, more than max_phrases={max_phrases}")
-        if instructions is None:
-            instructions = [" and ".join(group) for group in phrase_lists if group]
-        instructions = [instructions] if isinstance(instructions, str) else list(instructions)
-        if len(images) == 1 and len(instructions) > 1:
-            images = images * len(instructions)
-            phrase_lists = phrase_lists * len(instructions) if len(phrase_lists) == 1 else phrase_lists
-        for name, values in (("instructions", instructions), ("phrases", phrase_lists)):
-            if len(values) != len(images):
-                raise ValueError(f"{len(values)} {name} for {len(images)} images")
-        for index, instruction in enumerate(instructions):
-            if not isinstance(instruction, str) or not instruction.strip():
-                raise ValueError(f"instruction {index} is empty")
-        return images, instructions, phrase_lists

@@ -88,14 +88,15 @@ def overlay(
         colors = instance_colors(len(masks))
     if not len(masks) == len(labels) == len(colors):
         raise ValueError(f"{len(masks)} masks, {len(labels)} labels and {len(colors)} colors: one of each is needed")
-    arrays = [_array(mask, (picture.height, picture.width), i) for i, mask in enumerate(masks)]
-
     longest = max(picture.size)
     scale = min(max(longest, min_side), max_side) / longest
     size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
+    arrays = []  # one after the other: at full size many of them would not fit into memory
+    for i, mask in enumerate(masks):
+        array = _array(mask, (picture.height, picture.width), i)
+        arrays.append(array if size == picture.size else _resize_mask(array, size))
     if size != picture.size:
         picture = picture.resize(size, Image.Resampling.BICUBIC)
-        arrays = [_resize_mask(array, size) for array in arrays]
 
     pixels = np.asarray(picture).astype(np.float32)
     line = max(2, round(max(size) / 240))

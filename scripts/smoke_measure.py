@@ -86,7 +86,7 @@ def single_pass(predictor: Predictor, clock: Clock, picture: Any, phrases: list[
     clock.seconds.clear()
     start = clock.now()
     # Threshold 0 keeps all queries, so that post-processing is not measured on what random scores happen to leave.
-    prediction = predictor.segment(picture, phrases=[phrases], threshold=0.0)[0]
+    prediction = predictor.detect(predictor.understand([picture], [" and ".join(phrases)], [phrases]), 0.0)[0]
     total = clock.now() - start
     output = clock.last["detector: fusion, decoder, masks"]
     if not all(bool(value.isfinite().all()) for value in (output.pred_masks, output.pred_logits, output.pred_boxes)):

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from instructsam import InstructSAM
 from instructsam import merge as merge_command
 from instructsam.data.coco_instructions import read_coco_instructions
 from instructsam.models.lora import LoraSettings, add_lora, has_adapter, save_with_adapter
 from instructsam.models.modeling import InstructSAMModel
-from instructsam.predictor import Predictor
 
 
 @pytest.fixture(scope="module")
@@ -33,8 +33,10 @@ def trained(checkpoint, tmp_path_factory) -> Path:
 
 def segment(folder: Path, world: Path) -> list:
     sample = read_coco_instructions(world, "val")[0]
-    predictor = Predictor.from_pretrained(folder)
-    return predictor.segment([sample.image], phrases=[["red circles", "stars"]], threshold=0.0)[0].instances
+    result = InstructSAM.from_pretrained(folder, "cpu").segment(
+        sample.image, phrases=["red circles", "stars"], threshold=0.0
+    )
+    return result.prediction.instances
 
 
 def test_merged_folder_predicts_the_same_without_peft(checkpoint, trained, world, tmp_path, monkeypatch, capsys):

@@ -11,7 +11,6 @@ import torch
 from tiny_fixtures import settings_of
 
 from instructsam import predictor as predictor_module
-from instructsam import segment as segment_command
 from instructsam.evaluate import evaluate
 from instructsam.models.checkpoints import fresh_model
 from instructsam.models.configuration import InstructSAMConfig
@@ -19,6 +18,8 @@ from instructsam.models.decoding import decode
 from instructsam.models.decoding_rules import RULES
 from instructsam.models.placement import cast_parameters
 from instructsam.predictor import Predictor
+from instructsam.processing.chat import ChatTurn
+from instructsam.structures import Prediction
 
 PHRASES = [["red circles"], ["stars", "large blue squares"]]
 INSTRUCTIONS = ["the red circles", "stars and large blue squares"]
@@ -53,6 +54,10 @@ def write(monkeypatch, predictor: Predictor, phrases) -> list[str]:
     return used
 
 
+def given_phrases(predictor: Predictor, images) -> list[Prediction]:
+    return predictor.detect(predictor.understand(images, INSTRUCTIONS, PHRASES), 0.0)
+
+
 def all_scores(predictions) -> list[list[float]]:
     return [[instance.score for instance in prediction.instances] for prediction in predictions]
 
@@ -72,12 +77,26 @@ def test_given_phrases_equal_written_ones(decoding, checkpoint, images, monkeypa
         assert [i.score for i in one.instances] == pytest.approx([i.score for i in other.instances], abs=1e-4)
 
 
+def test_a_batch_equals_one_by_one(checkpoint, images):
+    predictor = Predictor.from_pretrained(checkpoint, max_new_tokens=5)
+    written = predictor.segment(images, INSTRUCTIONS)
+    for k, together in enumerate(given_phrases(predictor, images)):
+        alone = predictor.detect(
+            predictor.understand(images[k : k + 1], INSTRUCTIONS[k : k + 1], PHRASES[k : k + 1]), 0
+        )[0]
+        assert len(alone.instances) == len(together.instances) > 0
+        for one, other in zip(alone.instances, together.instances, strict=True):
+            assert one.phrase == other.phrase and one.score == pytest.approx(other.score, abs=1e-4)
+        assert predictor.segment(images[k : k + 1], INSTRUCTIONS[k : k + 1])[0].answer == written[k].answer
+
+
 def test_limits_are_the_predictors_own_unless_given(checkpoint, images, monkeypatch):
     predictor = Predictor.from_pretrained(checkpoint, max_new_tokens=1)
     write(monkeypatch, predictor, PHRASES)
     assert predictor.understand(images, INSTRUCTIONS, [None, None]).finished == [False, False]
-    assert predictor.understand(images, INSTRUCTIONS, [None, None], max_new_tokens=64).finished == [True, True]
-    assert not predictor.segment(images[0], INSTRUCTIONS[0])[0].meta["finished"]
+    encoded, turns = predictor.encode_images(images), [[ChatTurn(text, None)] for text in INSTRUCTIONS]
+    assert predictor.answer(encoded, [0, 1], turns, max_new_tokens=64).finished == [True, True]
+    assert not predictor.segment(images[:1], INSTRUCTIONS[:1])[0].meta["finished"]
 
 
 def test_the_rules_differ(checkpoint, images):
@@ -101,8 +120,8 @@ def test_half_precision(dtype, decoding, checkpoint, images, monkeypatch):
     exact = Predictor.from_pretrained(checkpoint, dtype="float32", decoding=decoding)
     half = Predictor.from_pretrained(checkpoint, dtype=dtype, decoding=decoding)
     assert half.model.dtype == (torch.bfloat16 if dtype == "bfloat16" else torch.float16)
-    expected = all_scores(exact.segment(images, INSTRUCTIONS, phrases=PHRASES, threshold=0.0))
-    given = half.segment(images, INSTRUCTIONS, phrases=PHRASES, threshold=0.0)
+    expected = all_scores(given_phrases(exact, images))
+    given = given_phrases(half, images)
     write(monkeypatch, half, PHRASES)
     written = half.segment(images, INSTRUCTIONS, threshold=0.0)
     for predictions in (given, written):
@@ -124,7 +143,7 @@ def test_half_precision_of_the_ablations(dtype, checkpoint, images):
         model = fresh_model(config, seed=0)
         cast_parameters(model.parameters(), precision)
         predictor = Predictor(model, exact.processor, "released")
-        scores.append(all_scores(predictor.segment(images, INSTRUCTIONS, phrases=PHRASES, threshold=0.0)))
+        scores.append(all_scores(given_phrases(predictor, images)))
     for one, other in zip(*scores, strict=True):
         assert sorted(one) == pytest.approx(sorted(other), abs=0.02)
 
@@ -160,9 +179,8 @@ def test_a_wrong_choice_is_found_before_anything_is_loaded():
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_on_a_gpu(dtype, checkpoint, images):
-    expected = Predictor.from_pretrained(checkpoint).segment(images, INSTRUCTIONS, phrases=PHRASES, threshold=0.0)
-    predictor = Predictor.from_pretrained(checkpoint, "cuda", dtype)
-    found = predictor.segment(images, INSTRUCTIONS, phrases=PHRASES, threshold=0.0)
+    expected = given_phrases(Predictor.from_pretrained(checkpoint), images)
+    found = given_phrases(Predictor.from_pretrained(checkpoint, "cuda", dtype), images)
     for scores, wanted in zip(all_scores(found), all_scores(expected), strict=True):
         assert sorted(scores) == pytest.approx(sorted(wanted), abs=0.02)
 
@@ -201,31 +219,3 @@ def test_evaluate_honours_and_records_the_choices(checkpoint, world, tmp_path, m
         scores[name] = torch.tensor([json.loads(line)["pred_scores"] for line in lines])
     assert float((scores["default"] - scores["released"]).abs().max()) > 1e-3
     torch.testing.assert_close(scores["half"], scores["released"], rtol=0, atol=0.02)
-
-
-def test_segment_honours_the_choices(checkpoint, images, tmp_path):
-    scores = {}
-    runs = {"default": [], "trained": ["--decoding", "trained"], "released": ["--decoding", "released"]}
-    runs["half"] = ["--decoding", "released", "--dtype", "bfloat16"]
-    for name, choice in runs.items():
-        arguments = [str(images[0]), "--phrase", "red circles", "--threshold", "0.0", "--checkpoint", str(checkpoint)]
-        segment_command.main([*arguments, "--output", str(tmp_path / name), *choice])
-        result = json.loads((tmp_path / name / f"{images[0].stem}.json").read_text())
-        scores[name] = [instance["score"] for instance in result["instances"]]
-    assert scores["default"] == scores["trained"] != scores["released"]
-    assert scores["half"] != scores["released"]
-    assert scores["half"] == pytest.approx(scores["released"], abs=0.02)
-
-
-@pytest.mark.parametrize(
-    ("choice", "message"),
-    [
-        (["--decoding", "publishd"], "error: decoding='publishd' is not one of trained, released"),
-        (["--dtype", "int8"], "error: dtype='int8' is not one of auto"),
-        (["--device", "gpu"], "error: device='gpu' is no device"),
-    ],
-)
-def test_wrong_choices_of_the_command_are_one_line(choice, message, checkpoint, images, tmp_path):
-    with pytest.raises(SystemExit) as caught:
-        segment_command.main([str(images[0]), "x", "--checkpoint", str(checkpoint), "--output", str(tmp_path), *choice])
-    assert str(caught.value).startswith(message) and "\n" not in str(caught.value)

@@ -54,6 +54,8 @@ class InstructSAMConfig(PretrainedConfig):
         presence_token: keep SAM 3's presence token (off in the release).
         max_phrase_tokens: phrase tokens beyond this are cut (32).
         token_ids: ids of ref_start, ref_end, region, seg, mask_start, mask_end, eos, pad.
+        independent_turns: how the model was trained: the turns of a conversation did not see each other. Changes no
+            forward pass; `inference.session.Session` goes by it.
         initializer_range: standard deviation of new projector weights and, with query_init ``normal``, of the bank.
         embedding_std: standard deviation of new token embeddings and of the bank, where they must be larger than the
             weights (narrow models drown small embeddings in the first residual); None leaves it to the VLM.
@@ -78,6 +80,7 @@ class InstructSAMConfig(PretrainedConfig):
         presence_token: bool = False,
         max_phrase_tokens: int = 32,
         token_ids: dict[str, int] | None = None,
+        independent_turns: bool = False,
         initializer_range: float = 0.02,
         embedding_std: float | None = None,
         **kwargs: Any,
@@ -97,6 +100,7 @@ class InstructSAMConfig(PretrainedConfig):
         self.query_mode = _one_of("query_mode", query_mode, QUERY_MODES)
         self.presence_token = presence_token
         self.max_phrase_tokens = max_phrase_tokens
+        self.independent_turns = independent_turns
         self.initializer_range = initializer_range
         self.embedding_std = embedding_std
         self.token_ids = {**QWEN_TOKEN_IDS, **(token_ids or {})}

@@ -25,6 +25,10 @@ from huggingface_hub.errors import (
 
 PATTERNS = ("*.json", "*.safetensors", "*.txt", "*.jinja")
 """Files of a model: configurations, weights, and a tokenizer's files with its chat template."""
+SHIPPED = ("tiny",)
+"""Models that come with the package, known by their name."""
+_BESIDE = Path(__file__).resolve().parents[2] / "checkpoints"
+_CHECKPOINTS = _BESIDE if (_BESIDE / SHIPPED[0]).is_dir() else Path(__file__).resolve().parents[1] / "checkpoints"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.pickle", "*.ckpt")
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/\w[\w.-]*")
 HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
@@ -50,7 +54,8 @@ def find_folder(
     """The folder of a model: a local one as it is, or the snapshot of a hub name, downloaded if need be.
 
     Args:
-        path_or_name: a folder, or ORG/NAME on the hub. A folder of that name goes first.
+        path_or_name: a folder, the name of one that comes with the package (``tiny``), or ORG/NAME on the hub. A folder
+            of that name goes first.
         kind: what is looked for, for messages ("Qwen3-VL", "InstructSAM processor").
         patterns: files to download (shell patterns; ``*`` crosses folders).
         options: of the download, any of `HUB_OPTIONS`; without effect on a local folder.
@@ -68,6 +73,8 @@ def find_folder(
         return path
     if path.exists():
         raise ValueError(f"{kind}: {path} is a file: give the folder it lies in")
+    if str(path_or_name) in SHIPPED:
+        return _CHECKPOINTS / str(path_or_name)
     if not is_hub_name(path_or_name):
         raise ValueError(f"{kind}: no folder {path} (a model on the hub would be named ORG/NAME)")
     name = str(path_or_name)

@@ -156,10 +156,14 @@ class VLMImageTransform:
             new_w = math.ceil(width * grow / factor) * factor
         return new_h, new_w
 
+    def grid_thw(self, height: int, width: int) -> torch.Tensor:
+        """(3,) int64: frames (1), rows and columns of patches that a picture of this size is cut into."""
+        new_h, new_w = self.target_size(height, width)
+        return torch.tensor([1, new_h // self.patch_size, new_w // self.patch_size])
+
     def num_tokens(self, height: int, width: int) -> int:
         """Positions that a picture of this size takes in the language model's sequence."""
-        new_h, new_w = self.target_size(height, width)
-        return (new_h // self.factor) * (new_w // self.factor)
+        return int(self.grid_thw(height, width).prod()) // self.merge_size**2
 
     def __call__(self, image: Image.Image) -> tuple[torch.Tensor, torch.Tensor]:
         """RGB picture → ``pixel_values`` (T, 3 * temporal * patch * patch) float32 and ``grid_thw`` (3,) int64.
@@ -174,7 +178,7 @@ class VLMImageTransform:
         # → window row, window column, row and column inside the window, channel, pixel row, pixel column
         patches = windows.permute(1, 4, 2, 5, 0, 3, 6).unsqueeze(5)
         patches = patches.expand(*patches.shape[:5], time, patch, patch)
-        return patches.reshape(rows * columns, 3 * time * patch * patch), torch.tensor([1, rows, columns])
+        return patches.reshape(rows * columns, 3 * time * patch * patch), self.grid_thw(image.height, image.width)
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,9 @@ from instructsam.processing.pretrained import PretrainedProcessor
 from instructsam.processing.targets import MASK_RESIZES, collate_targets, phrase_targets
 from instructsam.structures import Instance, Sample
 
+_PIXELS_AT_ONCE = 2**26
+"""Of masks that are brought to picture size together (256 MiB of float32): many on a large picture would need 16 GB."""
+
 
 class InstructSAMProcessor(PretrainedProcessor):
     """Prepares the model's inputs and reads its outputs.
@@ -235,12 +238,14 @@ class InstructSAMProcessor(PretrainedProcessor):
         order = scores.argsort(descending=True, stable=True)
         order = order[phrase_index[order].argsort(stable=True)]
         phrase_index, query_index, scores = phrase_index[order], query_index[order], scores[order]
-        logits = mask_logits_PNHW[phrase_index, query_index].float()
-        masks = F.interpolate(logits[:, None], size=size, mode="bilinear", align_corners=False)[:, 0] > 0
         height, width = size
+        logits = mask_logits_PNHW[phrase_index, query_index].float()
+        rles = []
+        for some in logits.split(max(1, _PIXELS_AT_ONCE // (height * width))):
+            masks = F.interpolate(some[:, None], size=size, mode="bilinear", align_corners=False)[:, 0] > 0
+            rles += encode_batch(masks.cpu().numpy())
         boxes = boxes_PN4[phrase_index, query_index].float().clamp(0, 1)
         boxes = boxes * boxes.new_tensor([width, height, width, height])
-        rles = encode_batch(masks.cpu().numpy())
         return [
             Instance(rle, score, tuple(box), phrases[p], p)
             for rle, score, box, p in zip(rles, scores.tolist(), boxes.tolist(), phrase_index.tolist(), strict=True)

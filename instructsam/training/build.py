@@ -78,6 +78,7 @@ def build_task(settings: Mapping[str, Any]) -> Task:
     """
     model, processor = build_model(settings["model"], settings["seed"])
     data = settings["data"]
+    model.config.independent_turns = data["independent_turns"]
     samples = open_sources(data, Skips(data["on_bad"], data["max_bad"]))
     objective = dict(settings["objective"])
     name = objective.pop("name")

@@ -29,13 +29,23 @@ def tiny():
     return load_golden(GOLDEN_ROOT / "a")
 
 
-def prompts(tensors, meta, seed: int):
+def earlier_turn(meta) -> list[int]:
+    """A turn that was answered with two phrases, as tokens up to the next assistant's header."""
+    ids, num_queries = meta["tokens"], meta["num_queries"]
+    block = [ids["mask_start"], *[ids["seg"]] * num_queries, ids["mask_end"]]
+    said = [token for word in (20, 30) for token in (ids["ref_start"], word, ids["ref_end"], *block)]
+    return [50, ids["eos"], 40, *said, ids["eos"], 60, 70]
+
+
+def prompts(tensors, meta, seed: int, history: bool = False):
     """Two prompts of different length about the fixture's two images (the second gets a random number of words)."""
     ids = meta["tokens"]
     generator = torch.Generator().manual_seed(seed)
     starts = [(row != -100).nonzero()[0].item() for row in tensors["labels"]]
     # The fixture's prompts lack the end of the user's turn, by which rules know where the prompt ends.
     rows = [torch.cat([tensors["input_ids"][b, : starts[b]], torch.tensor([ids["eos"], 40])]) for b in range(2)]
+    if history:  # of one row only, so that blocks of the two do not start at the same number
+        rows[0] = torch.cat([rows[0], torch.tensor([*earlier_turn(meta), ids["eos"], 40])])
     extra = torch.randint(10, 200, (int(torch.randint(0, 5, (1,), generator=generator)),), generator=generator)
     rows[1] = torch.cat([rows[1], extra])
     length = max(map(len, rows))
@@ -71,8 +81,8 @@ def scripted(meta, seed: int, rows: list[int]):
     return choose
 
 
-def run(model, tensors, meta, seed, rows, rule="trained"):
-    input_ids, mask = prompts(tensors, meta, seed)
+def run(model, tensors, meta, seed, rows, rule="trained", history=False):
+    input_ids, mask = prompts(tensors, meta, seed, history)
     grid = tensors["image_grid_thw"]
     patches = tensors["pixel_values"].split(grid.prod(-1).tolist())
     input_ids, mask = input_ids[rows], mask[rows]
@@ -91,13 +101,14 @@ def run(model, tensors, meta, seed, rows, rule="trained"):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-@given(seed=st.integers(0, 10_000))
-@settings(deadline=None, max_examples=6, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(seed=st.integers(0, 10_000), history=st.booleans())
+@settings(deadline=None, max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @torch.no_grad()
-def test_decoding_equals_teacher_forcing(tiny, variant, seed):
+def test_decoding_equals_teacher_forcing(tiny, variant, seed, history):
+    """With an earlier answer before it too, whose query blocks are blocks of their own."""
     model, meta, tensors = tiny
     model.config.attention_variant = variant
-    decoded, pixel_values, grid = run(model, tensors, meta, seed, [0, 1])
+    decoded, pixel_values, grid = run(model, tensors, meta, seed, [0, 1], history=history)
     forced = model.run_language_model(decoded.input_ids, decoded.attention_mask, pixel_values, grid)
     valid = decoded.attention_mask
     close(decoded.language.hidden_BLC[valid], forced.hidden_BLC[valid])

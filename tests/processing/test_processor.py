@@ -259,3 +259,11 @@ def test_post_processing(processor, seed, height, width):
 def test_threshold_is_strict(processor):
     found = processor.instances(torch.ones(1, 1, 4, 4), torch.tensor([[0.5]]), torch.rand(1, 1, 4), ["a"], (4, 4), 0.5)
     assert found == []
+
+
+def test_many_masks_on_a_large_picture_take_turns(processor, monkeypatch):
+    logits, scores, boxes = torch.randn(2, N, 8, 8), torch.rand(2, N), torch.rand(2, N, 4)
+    together = processor.instances(logits, scores, boxes, ["a", "b"], (40, 30), threshold=0.0)
+    for pixels in (1, 2 * 40 * 30, 3 * 40 * 30 + 1):
+        monkeypatch.setattr("instructsam.processing.processor._PIXELS_AT_ONCE", pixels)
+        assert processor.instances(logits, scores, boxes, ["a", "b"], (40, 30), threshold=0.0) == together

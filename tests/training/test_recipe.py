@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 from tiny_fixtures import settings_of
 
+from instructsam import InstructSAM
 from instructsam.data.coco_instructions import read_coco_instructions
 from instructsam.data.tiny_world import make_tiny_world
 from instructsam.losses.criterion import CriterionConfig, SetCriterion
@@ -24,7 +25,6 @@ from instructsam.models.full_size import full_size_config
 from instructsam.models.loading import empty_model
 from instructsam.models.lora import add_lora, lora_layers, lora_settings
 from instructsam.models.modeling import InstructSAMModel
-from instructsam.predictor import Predictor
 from instructsam.structures import PhraseTarget, Turn
 from instructsam.train import train
 from instructsam.training.build import Task, build_task, fingerprint
@@ -233,9 +233,10 @@ def test_saved_models_have_one_dtype_and_work(stages, world):
     for name in ("one/checkpoint", "merged", "two/checkpoint"):
         files = list((stages / name).rglob("*.safetensors"))
         assert {tensor.dtype for path in files for tensor in load_file(path).values()} == {torch.bfloat16}
-        predictor = Predictor.from_pretrained(stages / name)
-        found = predictor.segment([sample.image], phrases=[["red circles"]], threshold=0.0)[0]
-        assert len(found.instances) == 6 and all(0 <= instance.score <= 1 for instance in found.instances)
+        found = InstructSAM.from_pretrained(stages / name, "cpu").segment(
+            sample.image, phrases="red circles", threshold=0
+        )
+        assert len(found) == 6 and all(0 <= instance.score <= 1 for instance in found)
     assert lora_settings(InstructSAMModel.from_pretrained(stages / "two/checkpoint")).r == 4
 
 
