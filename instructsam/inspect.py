@@ -1,4 +1,4 @@
-"""Look at a training set before it is trained on: random samples as they would be asked, and what it is made of.
+"""Look at a training set: random samples as they would be asked, what it is made of.
 
     python -m instructsam.inspect                              # the tiny world
     python -m instructsam.inspect data=stage1 num=60 seed=1

@@ -1,4 +1,4 @@
-"""Entry point: ``python -m instructsam.make_tiny_world --root data/tiny_world``."""
+"""Write the tiny world of shapes: ``python -m instructsam.make_tiny_world``."""
 
 from instructsam.data.tiny_world import main
 

@@ -1,4 +1,4 @@
-"""Write the sources of a training set to tables, once, so that training starts at once and needs little memory.
+"""Write a training set's sources to tables, once: training then starts at once.
 
     python -m instructsam.prepare data=stage1                       # all sources, into data.prepared
     python -m instructsam.prepare data=stage1 only=[refcoco,lvis]   # some of them
@@ -43,8 +43,8 @@ from instructsam.data.sources import (
     table_recipe,
 )
 from instructsam.data.table import SampleTable, write_table
+from instructsam.lock import exclusive
 from instructsam.structures import Sample
-from instructsam.training.lock import exclusive
 
 COLUMNS = ("samples", "turns", "masks", "no-target", "skipped", "held out", "seconds", "MB")
 

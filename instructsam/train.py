@@ -25,8 +25,8 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from instructsam.configs_path import CONFIGS, complete_settings
+from instructsam.lock import exclusive
 from instructsam.training.leaving import leave
-from instructsam.training.lock import exclusive
 
 if TYPE_CHECKING:
     from instructsam.training.build import Task

@@ -1,4 +1,4 @@
-"""Check a training set before it is trained on: every record, and every picture as a whole.
+"""Check a training set: every record, and every picture as a whole.
 
     python -m instructsam.validate                             # the tiny world
     python -m instructsam.validate data=stage1                 # as it would be trained on

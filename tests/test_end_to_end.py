@@ -12,11 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny_fixtures import settings_of
 
-from instructsam import segment as segment_command
 from instructsam.data.coco_instructions import read_coco_instructions
 from instructsam.evaluate import evaluate
 from instructsam.evaluation.reliance import same_image, same_instruction
@@ -113,59 +111,8 @@ def test_evaluate_writes_everything(chain, world, capsys):
     assert json.loads((folder / "metrics.json").read_text())["overall"]["mAP"] == metrics["overall"]["mAP"]
 
 
-def test_segment_command(checkpoint, world, tmp_path, capsys):
-    image = next((world / "val" / "images").glob("*.png"))
-    segment_command.main(
-        [str(image), "--phrase", "red circles", "--phrase", "stars", "--threshold", "0.0"]
-        + ["--checkpoint", str(checkpoint), "--output", str(tmp_path)]
-    )
-    printed = capsys.readouterr().out
-    assert "phrases: red circles, stars" in printed
-    result = json.loads((tmp_path / f"{image.stem}.json").read_text())
-    assert len(result["instances"]) == 12
-    assert result["instances"][0]["segmentation"]["size"] == [96, 96]
-    assert Image.open(tmp_path / f"{image.stem}_overlay.png").size[0] >= 96
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["missing.png", "the stars"], "missing.png"),
-        (["NOT_AN_IMAGE", "the stars"], "not"),
-        (["IMAGE", "  "], "instruction 0 is empty"),
-        (["IMAGE"], "give instructions"),
-        (["IMAGE", "the [SEG] stars"], r"reserved token '\[SEG\]'"),
-        (["IMAGE", "x", "--threshold", "7"], "threshold=7"),
-        (
-            ["IMAGE", "x", *[w for k in range(11) for w in ("--phrase", f"p{k}")]],
-            "11 phrases, more than max_phrases=10",
-        ),
-        (["IMAGE", "x", "--checkpoint", "nowhere"], "no folder nowhere"),
-        (["IMAGE", "x", "--checkpoint", "OTHER"], "holds a 'bert' model"),
-    ],
-)
-def test_bad_input_is_one_clear_line(arguments, message, checkpoint, world, tmp_path):
-    image = next((world / "val" / "images").glob("*.png"))
-    other = tmp_path / "other"
-    other.mkdir()
-    (other / "config.json").write_text('{"model_type": "bert"}')
-    save_file({"embeddings.weight": torch.zeros(2, 2)}, other / "model.safetensors")
-    text = tmp_path / "text.png"
-    text.write_text("this is no picture")
-    names = {"IMAGE": str(image), "OTHER": str(other), "NOT_AN_IMAGE": str(text)}
-    arguments = [names.get(argument, argument) for argument in arguments]
-    if "--checkpoint" not in arguments:
-        arguments += ["--checkpoint", str(checkpoint)]
-    with pytest.raises(SystemExit) as caught:
-        segment_command.main([*arguments, "--output", str(tmp_path)])
-    text_of_error = str(caught.value)
-    assert text_of_error.startswith("error: ")
-    assert "\n" not in text_of_error.strip()
-    assert re.search(message, text_of_error), text_of_error
-
-
 def test_missing_and_foreign_tensors_are_errors(checkpoint, tmp_path):
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import load_file
 
     broken = tmp_path / "broken"
     shutil.copytree(checkpoint, broken)
@@ -182,39 +129,8 @@ def test_saved_and_loaded_model_is_the_same(checkpoint, world):
     samples = read_coco_instructions(world, "val")
     first, second = Predictor.from_pretrained(checkpoint), Predictor.from_pretrained(checkpoint)
     image, turn = samples[0].image, samples[0].turns[0]
-    options = {"phrases": [[phrase.text for phrase in turn.phrases]], "threshold": 0.0}
-    assert first.segment([image], [turn.instruction], **options) == second.segment(
-        [image], [turn.instruction], **options
-    )
-
-
-def test_batched_segment_equals_one_by_one(checkpoint, world):
-    predictor = Predictor.from_pretrained(checkpoint)
-    samples = read_coco_instructions(world, "val")[:4]
-    images = [sample.image for sample in samples]
-    instructions = [sample.turns[0].instruction for sample in samples]
-    phrases = [["red circles"], ["stars", "large shapes"], ["blue squares"], ["shapes"]]
-    together = predictor.segment(images, instructions, phrases=phrases, threshold=0.02, batch_size=4)
-    for k, image in enumerate(images):
-        alone = predictor.segment([image], [instructions[k]], phrases=[phrases[k]], threshold=0.02)[0]
-        assert len(alone.instances) == len(together[k].instances) > 0
-        for a, b in zip(alone.instances, together[k].instances, strict=True):
-            assert a.score == pytest.approx(b.score, abs=1e-4)
-            assert a.phrase == b.phrase
-    written = predictor.segment(images, instructions, max_new_tokens=5, batch_size=4)
-    for k, image in enumerate(images):
-        assert predictor.segment([image], [instructions[k]], max_new_tokens=5)[0].answer == written[k].answer
-
-
-def test_wrong_numbers_of_things(checkpoint, world):
-    predictor = Predictor.from_pretrained(checkpoint)
-    image = next((world / "val" / "images").glob("*.png"))
-    with pytest.raises(ValueError, match="no image"):
-        predictor.segment([], [])
-    with pytest.raises(ValueError, match="2 instructions for 3 images"):
-        predictor.segment([image] * 3, ["a", "b"])
-    with pytest.raises(ValueError, match="phrases of image 0 are empty"):
-        predictor.segment([image], phrases=[[" "]])
+    asked = [image], [turn.instruction], [[phrase.text for phrase in turn.phrases]]
+    assert first.detect(first.understand(*asked), 0.0) == second.detect(second.understand(*asked), 0.0)
 
 
 def test_partners_of_query_reliance():

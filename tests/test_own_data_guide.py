@@ -199,7 +199,7 @@ def test_own_data_in_ten_minutes(checkout):
         "validate/validation.md",
         "inspect/index.html",
         "mine/checkpoint/model.safetensors",
-        "segment/000.json",
+        "segment/results.jsonl",
     ):
         assert (outputs / name).stat().st_size, name
     for name in ("before", "after"):

@@ -17,9 +17,9 @@ from benchmark_fixtures import save_json, write_benchmark
 from instructsam.data.leakage import coco_id
 from instructsam.data.sources import READERS, open_sources
 from instructsam.data.table import SampleTable
+from instructsam.lock import exclusive
 from instructsam.prepare import prepare
 from instructsam.structures import PhraseTarget, Sample, Turn
-from instructsam.training.lock import exclusive
 
 
 def settings_of(data: dict[str, Any], **others: Any) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from instructsam.ablation.cells import EVALUATION, Ablation, Cell
 from instructsam.ablation.plan import filled, planned, quoted
 from instructsam.ablation.state import COMPLETE, FAILED, INTERRUPTED, RUNNING, Place, status_of
 from instructsam.evaluation.fingerprint import differences
-from instructsam.training.lock import exclusive
+from instructsam.lock import exclusive
 
 TRAIN = (sys.executable, "-m", "instructsam.train")
 EVALUATE = (sys.executable, "-m", "instructsam.evaluate")

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from instructsam.lock import exclusive
 from instructsam.training.checkpoint_files import FOLDER, STATE_FILE, find_damage, list_checkpoints
 from instructsam.training.checkpointing import OPTIMIZER_FILE, RNG_FILE, WEIGHTS_FILE
-from instructsam.training.lock import exclusive
 
 REPOSITORY = Path(__file__).parents[2]
 STEPS = 24
