@@ -41,7 +41,7 @@ else
     "$interpreter" -m venv "$environment"
     torch="$(grep -E '^torch==' constraints.txt)"
     "$python" -m pip install --quiet -c constraints.txt "$torch" # by itself first, as the largest part
-    "$python" -m pip install --quiet -c constraints.txt -e ".[dev,lora,tracking,deepspeed,bnb,plots]"
+    "$python" -m pip install --quiet -c constraints.txt -e ".[dev,lora,tracking,deepspeed,bnb,plots,demo,serve,supervision]"
     echo "$wanted" >"$stamp"
 fi
 "$python" --version

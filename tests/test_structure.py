@@ -20,19 +20,22 @@ REPOSITORY = Path(__file__).parents[1]
 PACKAGE = REPOSITORY / "instructsam"
 MAX_LINES = 600
 
-FLOOR = {"structures", "masks", "errors"}
+FLOOR = {"structures", "masks", "errors", "lock"}
 # Usable without torch.
 RECORDS = {f"evaluation.{name}" for name in ("metrics", "average_precision", "report", "tables", "records", "measure")}
 RECORDS |= {f"evaluation.{name}" for name in ("measured", "overlaps", "concept_f1", "bootstrap", "sweep", "coco_ap")}
 PARTS = FLOOR | {"processing", "models", "losses", "data", "visualization", "predictor", "evaluation"}
-ENTRY_POINTS = {"train", "evaluate", "segment", "demo", "merge", "export", "compare", "make_tiny_world"}
+ENTRY_POINTS = {"train", "evaluate", "segment", "demo", "serve", "merge", "export", "compare", "make_tiny_world"}
 ENTRY_POINTS |= {"prepare", "validate", "inspect", "ablate"}
+USING = FLOOR | {"processing", "models", "visualization", "predictor", "inference"}
 
 # What each part may import besides itself. A module belongs to the longest name that fits it.
 ALLOWED: dict[str, set[str]] = {
     "structures": set(),
     "configs_path": set(),
     "errors": set(),
+    "lock": set(),
+    "cli": set(),
     "masks": {"structures", "errors"},
     "processing": FLOOR,
     "losses": FLOOR,
@@ -44,17 +47,31 @@ ALLOWED: dict[str, set[str]] = {
     "evaluation": PARTS - {"losses"} | RECORDS,
     "inspection": FLOOR | RECORDS | {"processing", "data", "visualization", "evaluation"},
     "ablation": FLOOR | RECORDS | {"configs_path", "evaluation", "training"},
+    "inference": USING,
+    "segmenting": USING,
+    "serving": USING,
+    "webpage": USING | {"segmenting", "serving", "data"},
     "baselines": FLOOR | {"processing", "models", "losses", "visualization"},
     "pretraining": PARTS | RECORDS | {"training"},
     "training": PARTS | RECORDS | {"pretraining"},
     **{
-        name: PARTS | RECORDS | {"configs_path", "ablation", "baselines", "inspection", "pretraining", "training"}
+        name: PARTS
+        | RECORDS
+        | {"configs_path", "ablation", "baselines", "inspection", "pretraining", "training"}
+        | {"inference", "segmenting", "serving", "webpage"}
         for name in ENTRY_POINTS
     },
 }
 
+ABOUT_EXTRAS = {
+    "instructsam.serving.app": {"fastapi", "starlette"},
+    "instructsam.serving.metrics": {"prometheus-client"},
+    "instructsam.webpage.page": {"gradio"},
+}
+
 # Import names of distributions that are called otherwise.
 DISTRIBUTIONS = {"PIL": "pillow", "hydra": "hydra-core", "yaml": "pyyaml", "huggingface_hub": "huggingface-hub"}
+DISTRIBUTIONS |= {"prometheus_client": "prometheus-client", "starlette": "fastapi"}  # one brings the other
 
 
 def modules() -> dict[str, ast.Module]:
@@ -157,8 +174,10 @@ def test_imports_go_downwards(module: str):
         assert above == part or above in ALLOWED[part], f"{module} ({part}) may not import {target} ({above})"
 
 
-def test_the_package_itself_imports_nothing_of_its_own():
-    assert own_imports("instructsam", MODULES["instructsam"], MODULES) == set()
+def test_the_package_itself_offers_what_a_user_holds():
+    """And loads it only when it is asked for: see `test_importing_stays_light`."""
+    offered = {"instructsam.inference.model", "instructsam.inference.results"}
+    assert own_imports("instructsam", MODULES["instructsam"], MODULES) == offered
 
 
 def test_no_import_cycles():
@@ -186,6 +205,11 @@ def loaded_after(statement: str) -> set[str]:
     ("statement", "unwanted"),
     [
         ("import instructsam", ["deepspeed", "wandb", "gradio", "matplotlib", "torch", "instructsam.training"]),
+        ("import instructsam.cli", ["torch", "hydra", "instructsam.train"]),
+        (
+            "from instructsam import InstructSAM",
+            ["deepspeed", "wandb", "gradio", "fastapi", "matplotlib", "hydra", "supervision", "instructsam.training"],
+        ),
         ("import instructsam.masks, instructsam.structures", ["torch", "transformers", "scipy"]),
         ("import instructsam.evaluation.metrics, instructsam.evaluation.report", ["torch", "transformers", "hydra"]),
         (
@@ -213,7 +237,8 @@ def distribution(requirement: str) -> str:
 
 
 def test_every_import_is_a_declared_dependency():
-    """At the top of a module only what is always installed; what an extra brings is imported where it is used."""
+    """At the top of a module only what is always installed; what an extra brings is imported where it is used, or in
+    modules that are all about it."""
     required = {distribution(line) for line in project()["project"]["dependencies"]}
     extras = project()["project"]["optional-dependencies"]
     optional = {distribution(line) for name, lines in extras.items() if name != "dev" for line in lines}
@@ -224,7 +249,8 @@ def test_every_import_is_a_declared_dependency():
             if name in sys.stdlib_module_names or name == "instructsam":
                 continue
             name = DISTRIBUTIONS.get(name, name)
-            allowed = required if id(node) in top else required | optional
+            about_an_extra = module in ABOUT_EXTRAS and name in ABOUT_EXTRAS[module]
+            allowed = required | optional if about_an_extra or id(node) not in top else required
             assert name in allowed, f"{module} line {node.lineno} imports {name}, which pyproject.toml does not require"
 
 
@@ -233,8 +259,8 @@ def test_every_package_is_in_the_wheel():
     folders = {path.parent.relative_to(REPOSITORY).as_posix() for path in PACKAGE.rglob("*.py")}
     listed = set(settings["packages"]) - set(settings["package-dir"])
     assert {folder.replace("/", ".") for folder in folders} == listed
-    for folder in settings["package-dir"].values():
-        assert list((REPOSITORY / folder).rglob("*.yaml")), f"{folder}/ holds no configuration"
+    for folder, kept in (("configs", "train.yaml"), ("checkpoints", "tiny/model.safetensors")):
+        assert settings["package-dir"][f"instructsam.{folder}"] == folder and (REPOSITORY / folder / kept).is_file()
 
 
 def test_constraints_pin_every_dependency_inside_its_range():
