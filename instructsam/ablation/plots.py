@@ -127,15 +127,15 @@ def _duplicates(axes: Any, found: Mapping[str, Any]) -> str | None:
 
 
 def _cost(axes: Any, found: Mapping[str, Any], key: str, name: str) -> str | None:
-    """The first figure of every cell with a training of its own, against one of its costs."""
-    figure, drawn = found["figures"][0], 0
+    """The first figure of every cell with a training of its own, against one of its costs if that differs."""
+    figure, costs = found["figures"][0], []
     for cell_name, cell in found["cells"].items():
         spent, pair = cell["cost"][key]["mean"], _pair(cell["figures"][figure])
         if spent is not None and pair is not None and cell.get("trained_as") is None:
-            marker = "osDv^P*X"[drawn % 8]
+            marker = "osDv^P*X"[len(costs) % 8]
             axes.errorbar(spent, pair[0], pair[1], marker=marker, linestyle="", capsize=2, label=cell_name)
-            drawn += 1
-    if not drawn:
+            costs.append(spent)
+    if len(set(costs)) < 2:
         return None
     axes.set_xlabel(name)
     axes.set_ylabel(label(figure))
