@@ -128,7 +128,7 @@ def _duplicates(axes: Any, found: Mapping[str, Any]) -> str | None:
 
 def _cost(axes: Any, found: Mapping[str, Any], key: str, name: str) -> str | None:
     """The first figure of every cell with a training of its own, against one of its costs if that differs."""
-    figure, costs = found["figures"][0], []
+    figure, costs = found["figures"][0], list[float]()
     for cell_name, cell in found["cells"].items():
         spent, pair = cell["cost"][key]["mean"], _pair(cell["figures"][figure])
         if spent is not None and pair is not None and cell.get("trained_as") is None:
