@@ -2,33 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import sys
-from pathlib import Path
 
 import pytest
-
-GOLDEN_ROOT = Path(__file__).parent / "golden"
-
-
-def golden_folders() -> list[Path]:
-    """Folders of golden figures: the committed ones, plus those of ``INSTRUCTSAM_GOLDEN`` (one or a folder of them)."""
-    roots = [GOLDEN_ROOT]
-    if extra := os.environ.get("INSTRUCTSAM_GOLDEN"):
-        roots.append(Path(extra))
-    folders = []
-    for root in roots:
-        candidates = [root, *sorted(path for path in root.iterdir() if path.is_dir())]
-        found = [path for path in candidates if (path / "meta.json").exists()]
-        if not found:
-            raise ValueError(f"INSTRUCTSAM_GOLDEN={root}: neither it nor a folder in it holds a meta.json")
-        folders.extend(found)
-    return folders
-
-
-@pytest.fixture(params=golden_folders(), ids=lambda path: path.name)
-def golden(request) -> Path:
-    return request.param
 
 
 @pytest.fixture(autouse=True)
@@ -41,6 +17,8 @@ def fresh_accelerator():
         AcceleratorState._reset_state(True)
 
 
+from browser_fixtures import chromium  # noqa: E402, F401
+from golden_fixtures import golden  # noqa: E402, F401
 from hub_fixtures import qwen3_vl_dir, sam3_dir, sharded_qwen3_vl_dir, sharded_sam3_dir  # noqa: E402, F401
 from pretended_hub import uploads  # noqa: E402, F401
 from tiny_fixtures import checkpoint, world  # noqa: E402, F401  (fixtures)

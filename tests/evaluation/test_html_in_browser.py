@@ -1,41 +1,24 @@
-"""report.html as a browser shows it: filters that work when used, no error, no request, a picture of it.
-
-Needs playwright (``pip install playwright``) and a Chromium that is installed already (Debian: ``apt-get install
-chromium``); skipped where either is missing. Keep the screenshots with ``--basetemp=DIR`` and look at them.
-"""
+"""report.html as a browser shows it: filters that work when used, no error, no request, a picture of it."""
 
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from browser_fixtures import needs_chromium
 from perturbed_records import perturbed_records
 from PIL import Image
 
 from instructsam.evaluation.html import write_html
 from instructsam.evaluation.metrics import evaluate_records
 
-NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-CHROMIUM = next((path for path in map(shutil.which, NAMES) if path), None)
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--disable-background-networking"]
-FLAGS += ["--disable-component-update", "--disable-sync", "--no-first-run"]
 ATTACK = "<script>alert('x')</script><img src=x onerror=alert(1)> find the quokka"
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(CHROMIUM is None, reason=f"no Chromium: none of {NAMES} is there")]
-
-
-@pytest.fixture(scope="module")
-def chromium() -> Iterator[Any]:
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    with playwright.sync_playwright() as started:
-        browser = started.chromium.launch(executable_path=CHROMIUM, headless=True, args=FLAGS)
-        yield browser
-        browser.close()
+pytestmark = [pytest.mark.slow, needs_chromium]
 
 
 @pytest.fixture(scope="module")

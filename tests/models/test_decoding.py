@@ -24,7 +24,7 @@ def close(actual, expected):
 
 @pytest.fixture(scope="module")
 def tiny():
-    from conftest import GOLDEN_ROOT
+    from golden_fixtures import GOLDEN_ROOT
 
     return load_golden(GOLDEN_ROOT / "a")
 

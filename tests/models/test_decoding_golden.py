@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import GOLDEN_ROOT
+from golden_fixtures import GOLDEN_ROOT
 from golden_model import load_golden
 from test_modeling_golden import close
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import GOLDEN_ROOT
+from golden_fixtures import GOLDEN_ROOT
 from golden_model import load_golden
 
 from instructsam.models.modeling import InstructSAMModel

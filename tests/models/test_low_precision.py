@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from conftest import GOLDEN_ROOT
+from golden_fixtures import GOLDEN_ROOT
 from golden_model import load_golden
 from test_training_golden import golden_batch
 from torch import Tensor
