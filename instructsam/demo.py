@@ -15,6 +15,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from instructsam.inference.arguments import add_threshold
+from instructsam.serving.arguments import add_server_arguments, limits_of, load_model
+
 SESSIONS = 64
 """So many visitors' conversations are kept, the latest; each holds a picture, of 3 bytes a pixel."""
 
@@ -33,17 +36,12 @@ def build(args: argparse.Namespace, folder: str | Path) -> Any:
         from instructsam.webpage.page import build_page
     except ImportError as error:
         raise ValueError(f'{error.name} is missing: pip install "instructsam[demo]"') from error
-    from instructsam.inference.model import InstructSAM
-    from instructsam.serving.limits import Limits
     from instructsam.webpage.asking import HIGHEST, LOWEST, Asker
     from instructsam.webpage.examples import write_examples
 
     if not LOWEST <= args.threshold <= HIGHEST:
         raise ValueError(f"--threshold {args.threshold}: the slider goes from {LOWEST} to {HIGHEST}")
-    limits = Limits(upload_bytes=int(args.max_megabytes * 2**20), pixels=int(args.max_megapixels * 1e6))
-    model = InstructSAM.from_pretrained(
-        args.checkpoint, args.device, args.dtype, max_new_tokens=args.max_new_tokens, cached_images=args.cached_images
-    )
+    limits, model = limits_of(args), load_model(args)
     about, examples = f"Model: `{args.checkpoint}`.", []
     if args.checkpoint == "tiny":
         about = "This is the tiny model: it knows pictures of coloured shapes, as in the examples, and nothing else."
@@ -74,17 +72,9 @@ def launch(page: Any, args: argparse.Namespace, block: bool = True) -> Any:
 def parser() -> argparse.ArgumentParser:
     """The command's arguments."""
     made = argparse.ArgumentParser(prog="instructsam demo", description="A web page to try a model.")
-    made.add_argument("--checkpoint", default="tiny", help="folder or hub name of a model (default: the tiny one)")
-    made.add_argument("--device", default="auto", help="auto (default: an NVIDIA GPU if there is one), cpu, cuda ...")
-    made.add_argument("--dtype", default="auto", help="auto (as stored; default), float32, bfloat16 or float16")
-    made.add_argument("--threshold", type=float, default=0.3, help="where the slider stands at first (default 0.3)")
-    made.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this computer alone)")
-    made.add_argument("--port", type=int, default=7860)
-    made.add_argument("--max-megabytes", type=float, default=20, help="of a picture file (default 20)")
-    made.add_argument("--max-megapixels", type=float, default=40, help="of a picture (default 40)")
-    made.add_argument("--max-new-tokens", type=int, default=128, help="limit on a written answer (default 128)")
+    add_server_arguments(made, port=7860, cached_images=8)
+    add_threshold(made, "where the slider stands at first")
     made.add_argument("--max-waiting", type=int, default=40, help="visitors that wait, further ones are sent away")
-    made.add_argument("--cached-images", type=int, default=8, help="pictures whose features are kept (default 8)")
     return made
 
 

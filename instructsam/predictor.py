@@ -2,7 +2,7 @@
 
 ``decoding="released"`` answers as the released inference code does, see `models.decoding_rules`.
 
-Shape suffixes: P phrases, N queries, C channels, H W pixels.
+Shape suffixes: B rows of a batch, P phrases, N queries, C channels, H W pixels.
 """
 
 from __future__ import annotations
@@ -148,7 +148,7 @@ class Predictor:
     def _understand(self, prepared: Prepared) -> Understanding:
         batch = self._on_device(prepared)
         encoded = self._encode_images(batch, prepared.sizes)
-        return self._answer(batch, prepared, encoded, None, None)
+        return self._answer(batch, prepared, encoded, range(len(encoded)))
 
     def _encode_images(self, batch: dict[str, Any], sizes: list[tuple[int, int]]) -> EncodedImages:
         vision = self.model.encode_vision(batch["pixel_values"], batch["image_grid_thw"])
@@ -202,27 +202,22 @@ class Predictor:
                 conversations or in none. Only the last turn's phrases come back.
             max_new_tokens: limit on the written answers; None = the predictor's own.
         """
-        items = [
-            self._chat_item(encoded.grid_thw[image].cpu(), turns)
-            for image, turns in zip(image_of_row, conversations, strict=True)
-        ]
+        grids = encoded.grid_thw.cpu()
+        items = [self._chat_item(grids[k], turns) for k, turns in zip(image_of_row, conversations, strict=True)]
         phrases = [ChatTurn(*turns[-1]).phrases for turns in conversations]
         prepared = self._prepared(items, phrases, [encoded.sizes[image] for image in image_of_row])
-        return self._answer(self._on_device(prepared), prepared, encoded, list(image_of_row), max_new_tokens)
+        return self._answer(self._on_device(prepared), prepared, encoded, image_of_row, max_new_tokens)
 
     def _answer(
         self,
         batch: dict[str, Any],
         prepared: Prepared,
         encoded: EncodedImages,
-        image_of_row: list[int] | None,
-        max_new_tokens: int | None,
+        image_of_row: Sequence[int],
+        max_new_tokens: int | None = None,
     ) -> Understanding:
-        """`image_of_row`: None where each row has a picture of its own."""
-        phrases = prepared.phrases
-        vision = (encoded.vision, encoded.grid_thw)
-        if image_of_row is not None:
-            vision = (encoded.vision.select(image_of_row), encoded.grid_thw[image_of_row])
+        phrases, image_B = prepared.phrases, torch.tensor(image_of_row, dtype=torch.long, device=self.model.device)
+        vision = (encoded.vision.select(image_of_row), encoded.grid_thw[image_B])
         input_ids, attention_mask = batch["input_ids"], batch["attention_mask"]
         if all(answer is None for answer in phrases):
             decoded = decode(
@@ -252,8 +247,7 @@ class Predictor:
         start_B = torch.tensor(prepared.answer_start, device=input_ids.device)
         said_now = language.phrases.queries[:, 0] >= start_B[language.phrases.row]
         bridge = bridge.select(said_now.nonzero()[:, 0])
-        if image_of_row is not None:
-            bridge.phrase_image_P = torch.tensor(image_of_row, device=input_ids.device)[bridge.phrase_image_P]
+        bridge.phrase_image_P = image_B[bridge.phrase_image_P]
         return Understanding(
             answers=[self.processor.chat.answer_text(ids) for ids in answers_ids],
             phrases=found,

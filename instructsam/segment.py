@@ -21,6 +21,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
+from instructsam.inference.arguments import add_model_arguments, add_threshold
+
 if TYPE_CHECKING:
     from instructsam.segmenting.jobs import FileJob
     from instructsam.segmenting.running import Outcome
@@ -138,18 +140,15 @@ def parser() -> argparse.ArgumentParser:
         "-p", "--phrase", action="append", default=[], help="segment this phrase, nothing is written (repeat)"
     )
     made.add_argument("--jobs", help='JSONL of {"image": ..., "instruction": ... or "phrases": [...], "id": ...}')
-    made.add_argument("--checkpoint", default="tiny", help="folder or hub name of a model (default: the tiny one)")
+    add_model_arguments(made)
     made.add_argument("--output", help=f"folder for results (default {DEFAULT_OUTPUT}; with --json none)")
     made.add_argument("--write", default="overlay,coco", help=f"of {', '.join(KINDS)} (default overlay,coco)")
     made.add_argument("--json", action="store_true", help="print one line of JSON for each job")
     made.add_argument("--restart", action="store_true", help="throw away what was written into the output folder")
-    made.add_argument("--threshold", type=float, default=0.3, help="keep instances with a higher score (default 0.3)")
+    add_threshold(made, "keep instances with a higher score")
     made.add_argument("--top-k", type=int, help="keep the so many best of each job")
     made.add_argument("--nms-iou", type=float, help="of instances of a phrase that overlap more, keep the best one")
     made.add_argument("--batch-size", type=int, default=8, help="jobs at once (default 8)")
-    made.add_argument("--max-new-tokens", type=int, default=128, help="limit on a written answer (default 128)")
-    made.add_argument("--device", default="auto", help="auto (default: an NVIDIA GPU if there is one), cpu, cuda ...")
-    made.add_argument("--dtype", default="auto", help="auto (as stored; default), float32, bfloat16 or float16")
     made.add_argument("--decoding", default="trained", help="trained (default), or released: as the released code does")
     return made
 

@@ -16,52 +16,36 @@ import os
 import sys
 from typing import Any
 
+from instructsam.serving.arguments import add_server_arguments, limits_of, load_model
+
 
 def build(args: argparse.Namespace) -> Any:
     """The application with its model loaded. Raises ValueError for settings that cannot work."""
     try:
         from instructsam.serving.app import build_app
-        from instructsam.serving.limits import Limits
     except ImportError as error:
         raise ValueError(f'{error.name} is missing: pip install "instructsam[serve]"') from error
-    from instructsam.inference.model import InstructSAM
-
-    limits = Limits(
-        upload_bytes=int(args.max_megabytes * 2**20),
-        pixels=int(args.max_megapixels * 1e6),
+    limits = limits_of(
+        args,
         waiting_pixels=int(args.max_waiting_megapixels * 1e6),
         seconds=args.timeout,
         least_threshold=args.least_threshold,
     )
-    model = InstructSAM.from_pretrained(
-        args.checkpoint, args.device, args.dtype, max_new_tokens=args.max_new_tokens, cached_images=args.cached_images
-    )
-    token = os.environ.get("INSTRUCTSAM_TOKEN")
+    model, token = load_model(args), os.environ.get("INSTRUCTSAM_TOKEN")
     return build_app(model, args.checkpoint, limits, token, args.max_batch, args.max_waiting, args.max_wait / 1000)
 
 
 def parser() -> argparse.ArgumentParser:
     """The command's arguments."""
     made = argparse.ArgumentParser(prog="instructsam serve", description="Serve a model over HTTP.")
-    made.add_argument("--checkpoint", default="tiny", help="folder or hub name of a model (default: the tiny one)")
-    made.add_argument("--device", default="auto", help="auto (default: an NVIDIA GPU if there is one), cpu, cuda ...")
-    made.add_argument("--dtype", default="auto", help="auto (as stored; default), float32, bfloat16 or float16")
-    made.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this computer alone)")
-    made.add_argument("--port", type=int, default=8000)
-    made.add_argument("--max-batch", type=int, default=8, help="questions in a batch (default 8)")
-    made.add_argument("--max-wait", type=float, default=10, help="milliseconds that a batch waits to fill (default 10)")
-    made.add_argument(
-        "--max-waiting", type=int, default=64, help="questions at once, further ones get 503 (default 64)"
-    )
-    made.add_argument("--timeout", type=float, default=60, help="seconds that a question may take (default 60)")
-    made.add_argument("--max-megabytes", type=float, default=20, help="of a picture file (default 20)")
-    made.add_argument("--max-megapixels", type=float, default=40, help="of a picture (default 40)")
-    made.add_argument(
-        "--max-waiting-megapixels", type=float, default=400, help="of all pictures that wait, 3 MB each (default 400)"
-    )
-    made.add_argument("--least-threshold", type=float, default=0.05, help="that may be asked for (default 0.05)")
-    made.add_argument("--max-new-tokens", type=int, default=128, help="limit on a written answer (default 128)")
-    made.add_argument("--cached-images", type=int, default=4, help="pictures whose features are kept (default 4)")
+    add_server_arguments(made, port=8000, cached_images=4)
+    add = made.add_argument
+    add("--max-batch", type=int, default=8, help="questions in a batch (default 8)")
+    add("--max-wait", type=float, default=10, help="milliseconds that a batch waits to fill (default 10)")
+    add("--max-waiting", type=int, default=64, help="questions at once, further ones get 503 (default 64)")
+    add("--max-waiting-megapixels", type=float, default=400, help="of pictures that wait, 3 MB each (default 400)")
+    add("--timeout", type=float, default=60, help="seconds that a question may take (default 60)")
+    add("--least-threshold", type=float, default=0.05, help="that may be asked for (default 0.05)")
     return made
 
 

@@ -20,7 +20,7 @@ REPOSITORY = Path(__file__).parents[1]
 PACKAGE = REPOSITORY / "instructsam"
 MAX_LINES = 600
 
-FLOOR = {"structures", "masks", "errors", "lock"}
+FLOOR = {"structures", "masks", "errors", "lock", "files"}
 # Usable without torch.
 RECORDS = {f"evaluation.{name}" for name in ("metrics", "average_precision", "report", "tables", "records", "measure")}
 RECORDS |= {f"evaluation.{name}" for name in ("measured", "overlaps", "concept_f1", "bootstrap", "sweep", "coco_ap")}
@@ -35,6 +35,7 @@ ALLOWED: dict[str, set[str]] = {
     "configs_path": set(),
     "errors": set(),
     "lock": set(),
+    "files": set(),
     "cli": set(),
     "masks": {"structures", "errors"},
     "processing": FLOOR,

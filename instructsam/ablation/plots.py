@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from instructsam.evaluation.tables import label
-from instructsam.training.files import replace_text
+from instructsam.files import replace_text
 
 MISSING = "no plots: matplotlib is not installed (pip install -c constraints.txt -e '.[plots]')"
 _SETTINGS: Any = {

@@ -26,7 +26,7 @@ from instructsam.evaluation.measure import Measurements, measure
 from instructsam.evaluation.metrics import summarise
 from instructsam.evaluation.report import markdown_table
 from instructsam.evaluation.tables import NOTHING, Rows, change, label, number, value_of
-from instructsam.training.files import replace_text
+from instructsam.files import replace_text
 
 Statuses: TypeAlias = "Mapping[tuple[str, int], tuple[str, str]]"
 """(cell, seed) -> what `status_of` says."""

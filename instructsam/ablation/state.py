@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from instructsam.ablation.cells import EVALUATION, Ablation, Cell
-from instructsam.training.files import replace_text
+from instructsam.files import replace_text
 
 COMPLETE, FAILED, INTERRUPTED, RUNNING, MISSING = "complete", "failed", "interrupted", "running", "missing"
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from instructsam.evaluation.fingerprint import differences
+from instructsam.files import json_object
 
 Record = dict[str, Any]
 
@@ -139,7 +140,7 @@ def read_records(path: str | Path) -> list[Record]:
     records = []
     for number, line in enumerate(lines, 1):
         if line.strip():
-            record = _parse(line, f"{path}:{number}")
+            record = json_object(line, f"{path}:{number}")
             if "id" not in record:
                 raise ValueError(f"{path}:{number}: is no record, it has no id")
             records.append(record)
@@ -176,23 +177,13 @@ def _finished(files: Sequence[Path], fingerprint: Mapping[str, Any]) -> dict[str
             whole.pop()  # torn: the process was killed while it wrote this line
         if not whole:
             continue
-        _check_same(file, _parse(whole[0], f"{file}:1").get("fingerprint", {}), fingerprint)
+        _check_same(file, json_object(whole[0], f"{file}:1").get("fingerprint", {}), fingerprint)
         for number, line in enumerate(whole[1:], 2):
-            record = _parse(line, f"{file}:{number}")
+            record = json_object(line, f"{file}:{number}")
             if "id" not in record:
                 raise ValueError(f"{file}:{number}: is no record, it has no id; {WAY_OUT}")
             lines.setdefault(record["id"], line)
     return lines
-
-
-def _parse(line: bytes, where: str) -> Record:
-    try:
-        found = json.loads(line)
-    except ValueError as error:
-        raise ValueError(f"{where}: is not valid JSON ({error})") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"{where}: expected an object, got {type(found).__name__}")
-    return found
 
 
 def _line(record: Mapping[str, Any]) -> bytes:

@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from instructsam.errors import DataError
+from instructsam.inference.words import are_phrases, asked_by, is_text
 from instructsam.processing.chat import ChatTurn
 from instructsam.processing.images import READ_ERRORS, load_image
 
@@ -29,7 +30,7 @@ def read_picture(source: Any) -> Image.Image:
         DataError: no such file, bytes that are no picture, an array of another shape, type or range; says which.
     """
     if isinstance(source, (bytes, bytearray, memoryview)):
-        return _from_bytes(bytes(source))
+        return load_image(open_bytes(bytes(source)))
     if isinstance(source, str) and source.lower().startswith(ADDRESSES):
         raise DataError(f"{source[:80]}: nothing is downloaded here, give a file or its bytes", "image missing")
     if isinstance(source, (str, os.PathLike, Image.Image)):
@@ -54,15 +55,20 @@ def check_source(source: Any) -> None:
         read_picture(source)  # says why
 
 
-def _from_bytes(content: bytes) -> Image.Image:
+def open_bytes(content: bytes, formats: tuple[str, ...] | None = None) -> Image.Image:
+    """The picture in the bytes of a file, of which only the header has been read.
+
+    Args:
+        formats: those that it may have, by Pillow's names; None = whatever Pillow knows.
+
+    Raises:
+        DataError: no such picture.
+    """
     try:
-        with Image.open(io.BytesIO(content)) as image:
-            return load_image(image)
+        return Image.open(io.BytesIO(content), formats=formats)
     except Image.UnidentifiedImageError:
-        message = f"{len(content)} bytes that are no picture of a format Pillow knows"
-        raise DataError(message, "image broken") from None
-    except DataError:
-        raise
+        known = "a format Pillow knows" if formats is None else f"{', '.join(formats[:-1])} or {formats[-1]}"
+        raise DataError(f"{len(content)} bytes that are no picture in {known}", "image broken") from None
     except READ_ERRORS as error:
         raise DataError(f"{len(content)} bytes: cannot be read as a picture ({error})", "image broken") from error
 
@@ -122,7 +128,7 @@ def make_jobs(num_images: int, single: bool, instruction: Any, phrases: Any) -> 
     if not asked:
         raise ValueError("the list of instructions is empty")
     for index, text in enumerate(asked):
-        if text is not None and (not isinstance(text, str) or not text.strip()):
+        if text is not None and not is_text(text):
             where = f"instruction {index}" if len(asked) > 1 else "the instruction"
             raise ValueError(f"{where} is empty" if isinstance(text, str) else f"{where} is no text: {text!r}")
     count = max(len(asked), len(words)) if single else num_images
@@ -133,7 +139,7 @@ def make_jobs(num_images: int, single: bool, instruction: Any, phrases: Any) -> 
     jobs = []
     for k in range(count):
         said, text = words[k % len(words)], asked[k % len(asked)]
-        jobs.append(Job(0 if single else k, " and ".join(said or ()) if text is None else text, said))
+        jobs.append(Job(0 if single else k, asked_by(text, said), said))
     return jobs
 
 
@@ -149,10 +155,6 @@ def _phrase_lists(phrases: Any) -> list[tuple[str, ...] | None]:
         lists = [lists]
     for index, group in enumerate(lists):
         where = f"phrases {index}" if len(lists) > 1 else "phrases"
-        if (
-            not isinstance(group, (list, tuple))
-            or not group
-            or any(not isinstance(p, str) or not p.strip() for p in group)
-        ):
+        if not are_phrases(group):
             raise ValueError(f"{where} must be a list of words without an empty one, got {group!r}")
     return [tuple(group) for group in lists]

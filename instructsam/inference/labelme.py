@@ -7,11 +7,10 @@ import io
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 from PIL import Image
 
 from instructsam.inference.contours import outlines
-from instructsam.masks import decode
+from instructsam.masks import bbox, decode
 from instructsam.structures import Instance
 
 VERSION = "5.5.0"
@@ -63,13 +62,11 @@ def _shape(instance: Instance, number: int, shape_type: str, points: Any, mask: 
 
 
 def _mask_shapes(instance: Instance, number: int) -> list[dict[str, Any]]:
-    mask = decode(instance.rle)
-    if not mask.any():
+    x1, y1, x2, y2 = map(int, bbox(instance.rle))
+    if x1 == x2:  # an empty mask
         return []
-    ys, xs = np.nonzero(mask)
-    x1, y1, x2, y2 = int(xs.min()), int(ys.min()), int(xs.max()), int(ys.max())
-    cut = Image.fromarray(mask[y1 : y2 + 1, x1 : x2 + 1])
-    return [_shape(instance, number, "mask", [[x1, y1], [x2, y2]], _png(cut))]
+    cut = Image.fromarray(decode(instance.rle)[y1:y2, x1:x2])
+    return [_shape(instance, number, "mask", [[x1, y1], [x2 - 1, y2 - 1]], _png(cut))]
 
 
 def _polygon_shapes(instance: Instance, number: int) -> list[dict[str, Any]]:

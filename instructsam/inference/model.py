@@ -21,14 +21,12 @@ from instructsam.errors import at
 from instructsam.inference.cache import ImageCache
 from instructsam.inference.inputs import check_source, make_jobs, name_of, read_picture
 from instructsam.inference.results import Result
-from instructsam.inference.selection import check_selection
+from instructsam.inference.selection import DEFAULT_THRESHOLD, check_selection
 from instructsam.inference.session import Session
 from instructsam.models.decoding_rules import DEFAULT_RULE
 from instructsam.predictor import Predictor
 from instructsam.processing.chat import Turns
 from instructsam.structures import Prediction
-
-DEFAULT_THRESHOLD = 0.3
 
 
 class InstructSAM:
@@ -124,9 +122,10 @@ class InstructSAM:
             with _naming(f"picture {k}", len(sources)):
                 check_source(source)
         results: list[Result] = []
+        pictures: dict[int, Image.Image] = {}
         for start in range(0, len(jobs), batch_size):
             batch = jobs[start : start + batch_size]
-            pictures: dict[int, Image.Image] = {}
+            pictures = {job.image: pictures[job.image] for job in batch if job.image in pictures}
             for job in batch:
                 with _naming(f"picture {job.image}", len(sources)):
                     if job.image not in pictures:

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 from PIL import Image
 
-from instructsam.inference.model import DEFAULT_THRESHOLD, InstructSAM
+from instructsam.inference.model import InstructSAM
+from instructsam.inference.selection import DEFAULT_THRESHOLD
 from instructsam.processing.chat import ChatTurn, Turns
 from instructsam.structures import Prediction
 

@@ -9,7 +9,7 @@ result.save("result.png")
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -68,6 +68,17 @@ class Result(Sequence[FoundInstance]):
     def of(cls, prediction: Prediction, image: Image.Image, name: str, instruction: str) -> Result:
         found = tuple(FoundInstance(i.rle, i.score, i.box, i.phrase, i.phrase_index) for i in prediction.instances)
         return cls(prediction, image, name, instruction, found)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], image: Image.Image) -> Result:
+        """A result from what `to_dict` made of it, and its picture (RGB, upright)."""
+        instances = tuple(
+            Instance(i["segmentation"], i["score"], tuple(i["box"]), i["phrase"], i["phrase_index"])
+            for i in values["instances"]
+        )
+        size, meta = (values["height"], values["width"]), {"finished": values["finished"]}
+        prediction = Prediction(values["answer"], tuple(values["phrases"]), instances, *size, meta)
+        return cls.of(prediction, image, values["image"], values["instruction"])
 
     # ---- a sequence of instances ----------------------------------------------------------------------------------
 

@@ -9,6 +9,8 @@ from typing import TypeVar
 from instructsam.masks import pairwise_iou
 from instructsam.structures import Instance
 
+DEFAULT_THRESHOLD = 0.3
+
 AnyInstance = TypeVar("AnyInstance", bound=Instance)
 
 

@@ -14,7 +14,7 @@ from PIL import Image
 from instructsam.errors import DataError, at
 from instructsam.inference.inputs import make_jobs
 from instructsam.inference.results import Result
-from instructsam.inference.selection import check_selection
+from instructsam.inference.selection import DEFAULT_THRESHOLD, check_selection
 from instructsam.predictor import Predictor
 from instructsam.processing.chat import ChatTurn, Turns
 from instructsam.structures import Prediction
@@ -63,7 +63,7 @@ class Session:
         instruction: str | None = None,
         *,
         phrases: Sequence[str] | None = None,
-        threshold: float = 0.3,
+        threshold: float = DEFAULT_THRESHOLD,
         top_k: int | None = None,
         nms_iou: float | None = None,
         max_new_tokens: int | None = None,

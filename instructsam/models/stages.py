@@ -48,19 +48,15 @@ class EncodedImages:
 
     def split(self) -> list[EncodedImages]:
         """One by one, in memory of their own: none keeps the others alive."""
+        vision, indices = self.vision, torch.arange(len(self), device=self.grid_thw.device)
         return [
             EncodedImages(
-                VisionFeatures(
-                    [self.vision.tokens[k].clone()], [[layer.clone() for layer in self.vision.deepstack[k]]]
-                ),
-                self.grid_thw[k : k + 1].clone(),
-                ImageFeatures(
-                    [m[k : k + 1].clone() for m in self.detector.maps],
-                    [p[k : k + 1].clone() for p in self.detector.positions],
-                ),
-                [size],
+                VisionFeatures([vision.tokens[k].clone()], [[layer.clone() for layer in vision.deepstack[k]]]),
+                self.grid_thw[index],
+                self.detector.select(index),
+                [self.sizes[k]],
             )
-            for k, size in enumerate(self.sizes)
+            for k, index in enumerate(indices.split(1))
         ]
 
     @staticmethod

@@ -5,7 +5,6 @@ from __future__ import annotations
 import glob
 import hashlib
 import itertools
-import json
 import os
 import re
 from collections import Counter
@@ -14,6 +13,9 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+
+from instructsam.files import json_object
+from instructsam.inference.words import are_phrases, asked_by, is_text
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 FIELDS = ("image", "instruction", "phrases", "id")
@@ -47,7 +49,7 @@ class FileJob:
     @property
     def text(self) -> str:
         """The instruction; with phrases alone, the phrases."""
-        return " and ".join(self.phrases or ()) if self.instruction is None else self.instruction
+        return asked_by(self.instruction, self.phrases)
 
     @property
     def asked(self) -> dict[str, Any]:
@@ -111,7 +113,7 @@ def jobs_of(pictures: Sequence[Path], instructions: Sequence[str], phrases: Sequ
     if not instructions and not phrases:
         raise ValueError("nothing is asked: give --instruction, --phrase or --jobs")
     for name, texts in (("instruction", instructions), ("phrase", phrases)):
-        if any(not text.strip() for text in texts):
+        if not all(map(is_text, texts)):
             raise ValueError(f"an empty --{name}")
     if phrases and len(instructions) > 1:
         raise ValueError("--phrase is the answer to one instruction, and several are given")
@@ -141,35 +143,23 @@ def read_jobs(path: str | Path) -> list[FileJob]:
 
 
 def _read_job(line: str, where: str, folder: Path) -> FileJob:
-    try:
-        values = json.loads(line)
-    except ValueError as error:
-        raise ValueError(f"{where}: not valid JSON ({error})") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{where}: expected an object with {', '.join(FIELDS)}")
+    values = json_object(line, where, f"an object with {', '.join(FIELDS)}")
     if unknown := sorted(set(values) - set(FIELDS)):
         raise ValueError(f"{where}: unknown field {unknown[0]!r}, expected {', '.join(FIELDS)}")
     image, instruction, phrases = values.get("image"), values.get("instruction"), values.get("phrases")
     if not isinstance(image, str) or not image:
         raise ValueError(f"{where}: image must be the path of a picture, got {image!r}")
-    if instruction is not None and (not isinstance(instruction, str) or not instruction.strip()):
+    if instruction is not None and not is_text(instruction):
         raise ValueError(f"{where}: the instruction is empty, or no text: {instruction!r}")
-    words = None
-    if phrases is not None:
-        if (
-            not isinstance(phrases, list)
-            or not phrases
-            or any(not isinstance(p, str) or not p.strip() for p in phrases)
-        ):
-            raise ValueError(f"{where}: phrases must be a list of words, got {phrases!r}")
-        words = tuple(phrases)
-    if instruction is None and words is None:
+    if phrases is not None and not are_phrases(phrases):
+        raise ValueError(f"{where}: phrases must be a list of words, got {phrases!r}")
+    if instruction is None and phrases is None:
         raise ValueError(f"{where}: neither an instruction nor phrases")
     name = values.get("id", "")
     if not isinstance(name, str) or name != identifier(name):
         form = f"letters, digits, '.', '_' and '-', at most {MAX_ID} bytes"
         raise ValueError(f"{where}: id must be of {form} (it names files), got {name!r}")
-    return FileJob(name, folder / image, instruction, words, where)
+    return FileJob(name, folder / image, instruction, None if phrases is None else tuple(phrases), where)
 
 
 def slug(text: str) -> str:

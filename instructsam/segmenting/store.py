@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TextIO
@@ -20,14 +20,15 @@ from typing import Any, TextIO
 from PIL import Image
 
 from instructsam.errors import DataError
+from instructsam.files import json_object, replace_text, replacing
 from instructsam.inference.coco import coco_dataset
 from instructsam.inference.inputs import read_picture
 from instructsam.inference.results import Result
 from instructsam.lock import exclusive
 from instructsam.segmenting.jobs import OUTPUTS, RUN, FileJob, free_id, slug, state_of
-from instructsam.structures import Instance, Prediction
 
 RESULTS, COCO = "results.jsonl", "coco.json"
+WAY_OUT = "choose another folder, or --restart"
 
 
 def line_of(job: FileJob, outcome: Result | Exception) -> dict[str, Any]:
@@ -82,17 +83,17 @@ class ResultStore:
         path = self.folder / RUN
         if not path.exists():
             if (self.folder / RESULTS).exists():
-                raise ValueError(f"{self.folder}: holds {RESULTS} without {RUN}; choose another folder, or --restart")
+                raise ValueError(f"{self.folder}: holds {RESULTS} without {RUN}; {WAY_OUT}")
             return
         try:
-            there = json.loads(path.read_text(encoding="utf-8"))
+            there = json_object(path.read_bytes(), path)
         except ValueError as error:
-            raise ValueError(f"{path}: not valid JSON ({error}); choose another folder, or --restart") from error
+            raise ValueError(f"{error}; {WAY_OUT}") from None
         for key in dict.fromkeys([*there, *self.settings]):
             if there.get(key) != self.settings.get(key):
                 raise ValueError(
                     f"{self.folder}: its results are of {key} {there.get(key)!r}, not {self.settings.get(key)!r}; "
-                    "choose another folder, or --restart to throw them away"
+                    f"{WAY_OUT} to throw them away"
                 )
 
     def _read(self) -> Iterator[dict[str, Any]]:
@@ -106,12 +107,12 @@ class ResultStore:
                 file.truncate(end)
         for number, line in enumerate(content[:end].splitlines(), 1):
             try:
-                values = json.loads(line)
+                values = json_object(line, f"{path}:{number}")
                 values["id"], values["asked"]["phrases"], values["picture"]["path"]
-            except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(
-                    f"{path}:{number}: is no result ({error}); choose another folder, or --restart"
-                ) from None
+            except ValueError as error:
+                raise ValueError(f"{error}; {WAY_OUT}") from None
+            except (KeyError, TypeError) as error:
+                raise ValueError(f"{path}:{number}: is no result ({error}); {WAY_OUT}") from None
             yield values
 
     def claim(self, jobs: Sequence[FileJob]) -> list[FileJob]:
@@ -145,7 +146,7 @@ class ResultStore:
                     shutil.rmtree(self.folder / name)
             for name in (COCO, RESULTS, RUN):
                 (self.folder / name).unlink(missing_ok=True)
-        _write_text(self.folder / RUN, json.dumps(self.settings, indent=1) + "\n")
+        replace_text(self.folder / RUN, json.dumps(self.settings, indent=1) + "\n")
         self._file = self._held.enter_context((self.folder / RESULTS).open("a", encoding="utf-8"))
 
     def add(self, job: FileJob, outcome: Result | Exception) -> dict[str, Any]:
@@ -170,7 +171,7 @@ class ResultStore:
                 image = read_picture(job.image)
             except DataError as error:
                 return line_of(job, error)
-            self._write_files(line, _restored(line["result"], image), missing)
+            self._write_files(line, Result.from_dict(line["result"], image), missing)
         return line
 
     def _files(self, line: Mapping[str, Any], kind: str) -> list[Path]:
@@ -198,42 +199,16 @@ class ResultStore:
                     _write_image(path, Image.fromarray(instance.mask))
             elif kind == "labelme":
                 image_path = os.path.relpath(line["picture"]["path"], os.path.realpath(paths[0].parent))
-                _write_text(paths[0], json.dumps(result.to_labelme(image_path=image_path)))
+                replace_text(paths[0], json.dumps(result.to_labelme(image_path=image_path)))
 
     def finish(self, jobs: Sequence[FileJob]) -> None:
         """Write coco.json of these jobs' results, if it is wanted."""
         if "coco" in self.kinds:
             done = [job for job in jobs if self.is_done(job)]
             results = [{**self.lines[job.id]["result"], "image": str(job.image)} for job in done]
-            _write_text(self.folder / COCO, json.dumps(coco_dataset(results)))
-
-
-def _restored(values: Mapping[str, Any], image: Image.Image) -> Result:
-    """A result from what `Result.to_dict` made of it."""
-    instances = tuple(
-        Instance(i["segmentation"], i["score"], tuple(i["box"]), i["phrase"], i["phrase_index"])
-        for i in values["instances"]
-    )
-    meta = {"finished": values["finished"]}
-    size = values["height"], values["width"]
-    prediction = Prediction(values["answer"], tuple(values["phrases"]), instances, *size, meta)
-    return Result.of(prediction, image, values["image"], values["instruction"])
+            replace_text(self.folder / COCO, json.dumps(coco_dataset(results)))
 
 
 def _write_image(path: Path, image: Image.Image) -> None:
-    with _replacing(path) as part:
+    with replacing(path) as part:
         image.save(part, "PNG")
-
-
-def _write_text(path: Path, text: str) -> None:
-    with _replacing(path) as part:
-        part.write_text(text, encoding="utf-8")
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """A file to write to that takes its place only when it is whole: what a kill cuts off is not taken for done."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(".part")
-    yield part
-    part.replace(path)

@@ -17,10 +17,10 @@ from fastapi.responses import HTMLResponse, JSONResponse, Response
 from fastapi.security import HTTPBearer
 from starlette.datastructures import UploadFile
 
-from instructsam.inference.model import DEFAULT_THRESHOLD, InstructSAM
+from instructsam.inference.model import InstructSAM
 from instructsam.inference.questions import OutOfMemory, Question
 from instructsam.inference.results import Result
-from instructsam.inference.selection import check_selection
+from instructsam.inference.selection import DEFAULT_THRESHOLD, check_selection
 from instructsam.processing.images import load_image
 from instructsam.serving.batching import Batcher, Overloaded, Room
 from instructsam.serving.docs_page import docs_page

@@ -38,9 +38,11 @@ class Room:
             self.left += pixels
 
 
-@dataclass(eq=False)
+@dataclass
 class _Waiting:
-    question: Question
+    """A question, None once nobody waits for its answer."""
+
+    question: Question | None
     future: Future[tuple[Prediction, int]] = field(default_factory=Future)
 
 
@@ -122,15 +124,16 @@ class Batcher:
         try:
             return await asyncio.wrap_future(waiting.future)
         except asyncio.CancelledError:
-            with self._queue.mutex, contextlib.suppress(ValueError):  # not there: it is at work already
-                self._queue.queue.remove(waiting)  # or its picture would stay until its turn comes
+            if waiting.future.cancel():  # not at work yet: its picture need not stay until its turn comes
+                waiting.question = None
             raise
 
     # ---- the thread ------------------------------------------------------------------------------------------------
 
     def _work(self) -> None:
         while (first := self._queue.get()) is not None:
-            self._answer(self._gather(first))
+            if not first.future.cancelled():
+                self._answer(self._gather(first))
         while True:
             try:
                 left = self._queue.get_nowait()
@@ -149,16 +152,18 @@ class Batcher:
             if one is None:  # to stop after this batch
                 self._queue.put(None)
                 break
-            batch.append(one)
+            if not one.future.cancelled():
+                batch.append(one)
         return batch
 
     def _answer(self, gathered: list[_Waiting]) -> None:
         batch = [one for one in gathered if one.future.set_running_or_notify_cancel()]
+        questions = [one.question for one in batch if one.question is not None]
         if not batch:
             return
         began = time.perf_counter()
         try:
-            outcomes = answer_each(self.model, [one.question for one in batch])
+            outcomes = answer_each(self.model, questions)
         except BaseException as error:  # whatever it is, nobody may wait for ever
             outcomes = [error if isinstance(error, Exception) else RuntimeError(repr(error))] * len(batch)
         self.observe(len(batch), time.perf_counter() - began)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import io
 from dataclasses import dataclass, fields
 from typing import Any
 
 from PIL import Image
 
 from instructsam.errors import DataError
-from instructsam.inference.model import DEFAULT_THRESHOLD
-from instructsam.processing.images import READ_ERRORS, load_image
+from instructsam.inference.inputs import open_bytes
+from instructsam.inference.selection import DEFAULT_THRESHOLD
+from instructsam.inference.words import asked_by
+from instructsam.processing.images import load_image
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")
 """Of pictures (Pillow reads MPO as JPEG). Some others decode, or run a program, as soon as a file is opened."""
@@ -69,14 +70,11 @@ class Limits:
         if not content:
             raise DataError("the file is empty", "image broken")
         try:
-            image = Image.open(io.BytesIO(content), formats=FORMATS)
-        except Image.DecompressionBombError:  # beyond Pillow's limit, which ours does not exceed
-            raise TooLarge(f"the picture has more than {self.pixels:,} pixels") from None
-        except Image.UnidentifiedImageError:
-            known = f"{', '.join(FORMATS[:-1])} or {FORMATS[-1]}"
-            raise DataError(f"{len(content)} bytes that are no picture in {known}", "image broken") from None
-        except READ_ERRORS as error:
-            raise DataError(f"{len(content)} bytes: cannot be read as a picture ({error})", "image broken") from error
+            image = open_bytes(content, FORMATS)
+        except DataError as error:
+            if isinstance(error.__cause__, Image.DecompressionBombError):  # Pillow's limit, which ours does not exceed
+                raise TooLarge(f"the picture has more than {self.pixels:,} pixels") from None
+            raise
         if image.width * image.height > self.pixels:
             raise TooLarge(f"the picture has {image.width} x {image.height} pixels, more than {self.pixels:,}")
         return image
@@ -102,7 +100,7 @@ class Limits:
         for text in (instruction, *said):
             if len(text) > self.text:
                 raise ValueError(f"a text has {len(text)} characters, more than {self.text}")
-        return instruction or " and ".join(said), said or None
+        return asked_by(instruction, said), said or None
 
     def check_threshold(self, threshold: float) -> None:
         """Raise ValueError for one that is lower than allowed."""

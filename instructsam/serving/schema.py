@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from instructsam.inference.model import DEFAULT_THRESHOLD
+from instructsam.inference.selection import DEFAULT_THRESHOLD
 from instructsam.serving.limits import FORMATS, Limits
 
 FIELDS = ("image", "instruction", "phrase", "threshold", "top_k", "nms_iou")

@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from instructsam.training.files import replace_text
+from instructsam.files import replace_text
 
 logger = logging.getLogger(__name__)
 

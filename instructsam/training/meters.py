@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
-from instructsam.training.files import replace_text
+from instructsam.files import replace_text
 
 OTHER = "other"
 FLOPS_FILE = "flops.json"

@@ -30,7 +30,7 @@ from accelerate import Accelerator
 from PIL import Image
 from tqdm import tqdm
 
-from instructsam.training.files import replace_text
+from instructsam.files import replace_text
 from instructsam.training.health import describe
 from instructsam.training.meters import FLOPS_FILE, Meter, Work
 

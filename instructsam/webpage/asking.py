@@ -11,6 +11,7 @@ from typing import Any
 from PIL import Image
 
 from instructsam.inference.model import InstructSAM
+from instructsam.inference.questions import Question, answer_each
 from instructsam.inference.results import Result
 from instructsam.serving.limits import Limits
 from instructsam.visualization import instance_colors, overlay
@@ -55,8 +56,8 @@ class Asker:
         """Ask about the picture at a path; with phrases (separated by commas) nothing is written.
 
         Raises:
-            ValueError: no picture, one that is beyond the limits, gone, or none at all, nothing asked: in words for
-                the visitor.
+            ValueError: no picture, one that is beyond the limits or the memory, gone, or none at all, nothing asked: in
+                words for the visitor.
         """
         if not path:
             raise ValueError("Choose a picture first.")
@@ -66,8 +67,10 @@ class Asker:
             conversation = Conversation(path)
         image = conversation.results[-1].image if conversation.results else self._read(path)
         with self._one_at_a_time:
-            result = self.model.segment(image, text, phrases=words, threshold=LOWEST)
-        result = Result.of(result.prediction, image, Path(path).name, text)
+            [answer] = answer_each(self.model, [Question(image, text, words, LOWEST)])
+        if isinstance(answer, Exception):
+            raise answer
+        result = Result.of(answer, image, Path(path).name, text)
         results = [*conversation.results, result][-self.history :]
         return Conversation(path, results, len(results) - 1)
 

@@ -120,10 +120,11 @@ def build_page(
             """Without those of another answer, whose ticks were still on the page."""
             return sorted(k for k in indices if 0 <= k < len(result))
 
-        def view(talk: Conversation, least: float) -> list[Any]:
+        def view(talk: Conversation | None, least: float) -> list[Any]:
             """All that depends on which answer is shown."""
+            if talk is None or talk.result is None:
+                return [gr.skip()] * len(everything)
             result = talk.result
-            assert result is not None
             names = [f"{k + 1}. {one.instruction}" for k, one in enumerate(talk.results)]
             asked = gr.Radio(choices=names, value=names[talk.shown], visible=len(names) > 1)
             cut = "" if result.finished else " (cut off)"
@@ -133,30 +134,27 @@ def build_page(
 
         def at_threshold(talk: Conversation | None, least: float) -> list[Any]:
             """All that depends on the threshold: every instance above it is shown."""
-            result = None if talk is None else talk.result
-            if talk is None or result is None:
+            if talk is None or talk.result is None:
                 return [gr.skip()] * (1 + len(outcome))
-            indices = visible(result, least)
-            names = [(label_of(result, k), k) for k in indices]
+            indices = visible(talk.result, least)
+            names = [(label_of(talk.result, k), k) for k in indices]
             return [gr.CheckboxGroup(choices=names, value=indices), *with_instances(talk, indices)]
 
         def with_instances(talk: Conversation | None, indices: list[int]) -> list[Any]:
             """All that depends on which instances are shown."""
-            result = None if talk is None else talk.result
-            if talk is None or result is None:
+            if talk is None or talk.result is None:
                 return [gr.skip()] * len(outcome)
-            indices = of_result(result, indices)
-            return [picture_of(result, indices), rows_of(result, indices)]
+            indices = of_result(talk.result, indices)
+            return [picture_of(talk.result, indices), rows_of(talk.result, indices)]
 
         def write(format: str, talk: Conversation | None, indices: list[int]) -> str:
-            result = None if talk is None else talk.result
-            if result is None:
+            if talk is None or talk.result is None:
                 raise gr.Error("The answer is no longer kept: ask again.", print_exception=False)
-            return downloaded.write(result, of_result(result, indices), format)
+            return downloaded.write(talk.result, of_result(talk.result, indices), format)
 
-        def run(talk: Conversation | None, path: str | None, text: str, words: str, least: float) -> list[Any]:
+        def run(talk: Conversation | None, path: str | None, text: str, words: str) -> Conversation:
             try:
-                return view(asker.ask(talk or Conversation(), path, text or "", words or ""), least)
+                return asker.ask(talk or Conversation(), path, text or "", words or "")
             except ValueError as error:
                 raise gr.Error(str(error), print_exception=False) from error
 
@@ -166,15 +164,19 @@ def build_page(
             place = int(name.split(".", 1)[0]) - 1
             return view(Conversation(talk.picture, talk.results, min(place, len(talk.results) - 1)), least)
 
-        question = [conversation, picture, instruction, phrases, threshold]
-        for asked in (ask.click, instruction.submit, phrases.submit):
-            asked(run, question, everything, concurrency_id="model", concurrency_limit=1, api_visibility="private")
         # Beside the model and each other, for a few visitors at once.
         drawing: dict[str, Any] = {
             "concurrency_id": "drawing",
             "concurrency_limit": DRAWN_AT_ONCE,
             "api_visibility": "private",
         }
+        question = [conversation, picture, instruction, phrases]
+        for asked in (ask.click, instruction.submit, phrases.submit):
+            answered = asked(
+                run, question, conversation, concurrency_id="model", concurrency_limit=1,
+                show_progress_on=[answer, *outcome], api_visibility="private",
+            )  # fmt: skip
+            answered.success(view, [conversation, threshold], everything, **drawing)
         # As it slides, by mouse or keyboard; what comes while one is drawn waits for the last of it.
         lightly: dict[str, Any] = {**drawing, "trigger_mode": "always_last", "show_progress": "hidden"}
         threshold.change(at_threshold, [conversation, threshold], [chosen, *outcome], **lightly)

@@ -12,6 +12,7 @@ from PIL import Image
 import instructsam
 from instructsam import InstructSAM, Result
 from instructsam.data.tiny_world import make_example
+from instructsam.inference import model as model_module
 from instructsam.inference.cache import ImageCache, picture_key
 from instructsam.inference.inputs import read_picture
 from instructsam.processing.chat import ChatTurn
@@ -104,6 +105,15 @@ def test_a_known_picture_is_not_encoded_again(model, images, monkeypatch):
     assert model.cache.hits == 2 and model.cache.misses == 2
     model.segment(images[0], ["a", "b", "c"])
     assert encoded == [1, 1]
+
+
+def test_a_picture_of_several_batches_is_read_once(model, images, monkeypatch):
+    read: list[Path] = []
+    monkeypatch.setattr(model_module, "read_picture", lambda source: read.append(source) or read_picture(source))
+    assert len(model.segment(images[0], phrases=[["a"], ["b"], ["c"]], batch_size=1)) == 3
+    assert read == [images[0]]
+    model.segment([images[0], images[1]], phrases=WORDS, batch_size=1)
+    assert read == [images[0], images[0], images[1]]
 
 
 def test_the_oldest_picture_is_forgotten(checkpoint, images):

@@ -42,6 +42,12 @@ def result() -> Result:
     return Result.of(prediction, Image.new("RGB", (WIDTH, HEIGHT), "white"), "a.png", "all of it")
 
 
+def test_back_from_plain_data(result):
+    again = Result.from_dict(json.loads(json.dumps(result.to_dict())), result.image)
+    assert again.to_dict() == result.to_dict() and again.finished and again.image is result.image
+    np.testing.assert_array_equal(again.masks, result.masks)
+
+
 @pytest.fixture
 def empty(result) -> Result:
     return result.where(threshold=0.95)

@@ -41,7 +41,7 @@ def test_a_file_of_jobs(photos):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{", "jobs.jsonl:2: not valid JSON"),
+        ("{", "jobs.jsonl:2: is not valid JSON"),
         ("[]", "jobs.jsonl:2: expected an object with image, instruction, phrases, id"),
         ('{"image": "a.png"}', "jobs.jsonl:2: neither an instruction nor phrases"),
         ('{"instruction": "a"}', "jobs.jsonl:2: image must be the path of a picture, got None"),

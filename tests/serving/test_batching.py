@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import threading
 import weakref
@@ -101,45 +102,51 @@ def test_places_are_counted(batcher):
     assert batcher.waiting == 8
 
 
-def test_a_question_that_nobody_waits_for_is_not_asked(batcher, toy):
+@contextlib.asynccontextmanager
+async def held_up(batcher, toy):
+    """Meanwhile a question is being answered, and others wait."""
     toy.go_on.clear()
+    first = asyncio.ensure_future(batcher.answer(Question(PICTURE, "first")))
+    while not toy.batches:
+        await asyncio.sleep(0.01)
+    yield
+    toy.go_on.set()
+    await first
+
+
+def test_a_question_that_nobody_waits_for_is_not_asked(batcher, toy):
+    """Nor does it take the place of another in a batch."""
 
     async def give_up():
-        first = asyncio.ensure_future(batcher.answer(Question(PICTURE, "first")))
-        while not toy.batches:
-            await asyncio.sleep(0.01)
-        late = asyncio.ensure_future(batcher.answer(Question(PICTURE, "late")))
-        await asyncio.sleep(0.05)
-        late.cancel()
-        toy.go_on.set()
-        await first
-        await batcher.answer(Question(PICTURE, "next"))
+        async with held_up(batcher, toy):
+            late = [asyncio.ensure_future(batcher.answer(Question(PICTURE, "late"))) for _ in range(5)]
+            others = [asyncio.ensure_future(batcher.answer(Question(PICTURE, str(k)))) for k in range(4)]
+            await asyncio.sleep(0.05)
+            for one in late:
+                one.cancel()
+            await asyncio.sleep(0.05)
+        await asyncio.gather(*others)
 
     asyncio.run(give_up())
-    assert toy.batches == [["first"], ["next"]]
+    assert toy.batches == [["first"], ["0", "1", "2", "3"]]
 
 
 def test_a_picture_that_nobody_waits_for_is_let_go(batcher, toy):
     """At once, not when the queue has come to it: behind a slow batch they would pile up."""
-    toy.go_on.clear()
 
     async def give_up():
-        first = asyncio.ensure_future(batcher.answer(Question(PICTURE, "first")))
-        while not toy.batches:
-            await asyncio.sleep(0.01)
-        picture = Image.new("RGB", (4, 4))
-        kept = weakref.ref(picture)
-        late = asyncio.ensure_future(batcher.answer(Question(picture, "late")))
-        del picture
-        await asyncio.sleep(0.05)
-        assert kept() is not None
-        late.cancel()
-        del late
-        await asyncio.sleep(0.05)
-        gc.collect()
-        assert kept() is None
-        toy.go_on.set()
-        await first
+        async with held_up(batcher, toy):
+            picture = Image.new("RGB", (4, 4))
+            kept = weakref.ref(picture)
+            late = asyncio.ensure_future(batcher.answer(Question(picture, "late")))
+            del picture
+            await asyncio.sleep(0.05)
+            assert kept() is not None
+            late.cancel()
+            del late
+            await asyncio.sleep(0.05)
+            gc.collect()
+            assert kept() is None
 
     asyncio.run(give_up())
 

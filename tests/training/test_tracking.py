@@ -14,7 +14,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import ProjectConfiguration
 from PIL import Image
 
-from instructsam.training import files
+from instructsam import files
 from instructsam.training import tracking as tracking_module
 from instructsam.training.meters import Work
 from instructsam.training.tracking import Ledger, Tracking, gallery_path, start_dashboards, tracker_names

@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 from pycocotools.coco import COCO
 
-from instructsam import demo
+from instructsam import InstructSAM, demo
 from instructsam.webpage import downloads as downloads_module
 from instructsam.webpage.asking import Conversation, picture_of, rows_of, timings_of, visible
 from instructsam.webpage.downloads import FORMATS, Downloads
@@ -119,6 +119,15 @@ def test_what_a_visitor_is_told(asker, examples, tmp_path, path, instruction, ph
     path = examples[0][0] if path == "example" else path and str(tmp_path / path)
     with pytest.raises(ValueError, match=message):
         asker.ask(Conversation(), path, instruction, phrases)
+
+
+def test_a_picture_beyond_the_memory(asker, examples, monkeypatch):
+    def answer(*_: Any) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(InstructSAM, "answer", answer)
+    with pytest.raises(ValueError, match="a picture of 96x96 pixels: not enough memory"):
+        asker.ask(Conversation(), examples[0][0], "every square", "")
 
 
 def test_many_visitors(asker, examples):
