@@ -14,6 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 from accelerate.commands.config.config_args import load_config_from_file
+from terminal import usual_signals
 
 from instructsam.training.checkpoint_files import latest, path_of
 
@@ -72,7 +73,7 @@ def start(command: list[str], **variables: str) -> subprocess.Popen:
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell cannot trap what it finds ignored
+        preexec_fn=usual_signals,  # a shell cannot trap what it finds ignored
     )
 
 

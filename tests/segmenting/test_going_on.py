@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 from pycocotools.coco import COCO
+from terminal import usual_signals
 
 from instructsam.inference.model import InstructSAM
 from instructsam.segmenting.store import ResultStore
@@ -213,7 +214,14 @@ def test_an_interrupted_command_goes_on(lines, world, checkpoint, tmp_path):
     arguments = [item for pair in zip(["-i"] * 20, words[1:], strict=True) for item in pair]
     line = [sys.executable, "-m", "instructsam.segment", *map(str, pictures), *arguments, "--batch-size", "2"]
     line += ["--checkpoint", str(checkpoint), "--device", "cpu", "--output", str(tmp_path / "out"), "--write", "coco"]
-    process = subprocess.Popen(line, cwd=REPOSITORY, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    process = subprocess.Popen(
+        line,
+        cwd=REPOSITORY,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+        preexec_fn=usual_signals,
+    )
     results = tmp_path / "out/results.jsonl"
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and (not results.exists() or results.read_bytes().count(b"\n") < 5):

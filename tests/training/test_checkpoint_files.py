@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from instructsam.training import checkpoint_files, files
+from instructsam import files
+from instructsam.training import checkpoint_files
 from instructsam.training.checkpoint_files import (
     BEST_FILE,
     FOLDER,
