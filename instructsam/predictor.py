@@ -7,7 +7,7 @@ Shape suffixes: B rows of a batch, P phrases, N queries, C channels, H W pixels.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from instructsam.models.placement import as_device, as_dtype
 from instructsam.models.stages import Detection, EncodedImages, Prepared, Understanding
 from instructsam.processing.chat import IGNORED, ChatTurn, Turns
 from instructsam.processing.processor import InstructSAMProcessor
-from instructsam.structures import Prediction
+from instructsam.structures import DEFAULT_THRESHOLD, Prediction
 
 
 class Predictor:
@@ -85,7 +85,7 @@ class Predictor:
         return cls(model, load_processor(folder, model.config), rule, max_new_tokens)
 
     def segment(
-        self, images: Sequence[Any], instructions: Sequence[str], *, threshold: float = 0.3
+        self, images: Sequence[Any], instructions: Sequence[str], *, threshold: float = DEFAULT_THRESHOLD
     ) -> list[Prediction]:
         """Segment every instance that each instruction asks for, in one batch.
 
@@ -134,19 +134,23 @@ class Predictor:
         phrases: Sequence[Sequence[str] | None],
         sizes: list[tuple[int, int]],
     ) -> Prepared:
-        batch = self.processor.collate(items)
-        if self.model.device.type == "cuda":  # so that the copy to the GPU need not wait
-            batch = {key: v.pin_memory() if isinstance(v, Tensor) else v for key, v in batch.items()}
+        batch = self._pinned(self.processor.collate(items))
         return Prepared(batch, phrases, sizes, [item["answer_start"] for item in items])
 
-    def _on_device(self, prepared: Prepared) -> dict[str, Any]:
+    def _pinned(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """Where there is a GPU, so that the copy to it need not wait."""
+        if self.model.device.type != "cuda":
+            return dict(batch)
+        return {key: value.pin_memory() if isinstance(value, Tensor) else value for key, value in batch.items()}
+
+    def _on_device(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         return {
             key: value.to(self.model.device, non_blocking=True) if isinstance(value, Tensor) else value
-            for key, value in prepared.batch.items()
+            for key, value in batch.items()
         }
 
     def _understand(self, prepared: Prepared) -> Understanding:
-        batch = self._on_device(prepared)
+        batch = self._on_device(prepared.batch)
         encoded = self._encode_images(batch, prepared.sizes)
         return self._answer(batch, prepared, encoded, range(len(encoded)))
 
@@ -161,13 +165,8 @@ class Predictor:
     def encode_images(self, images: Sequence[Any]) -> EncodedImages:
         """Run both vision encoders on pictures (paths or PIL images), all that does not depend on an instruction."""
         items = [self.processor.encode_image(image) for image in images]
-        placeholder = torch.zeros(1, dtype=torch.long)
-        prepared = self._prepared(
-            [{**item, "input_ids": placeholder, "answer_start": 0} for item in items],
-            [None] * len(items),
-            [item["size"] for item in items],
-        )
-        return self._encode_images(self._on_device(prepared), prepared.sizes)
+        batch = self._on_device(self._pinned(self.processor.collate_pictures(items)))
+        return self._encode_images(batch, [item["size"] for item in items])
 
     def check(self, turns: Turns, size: tuple[int, int] | None = None) -> None:
         """Raise what a conversation cannot be answered for, before anything is encoded.
@@ -206,7 +205,7 @@ class Predictor:
         items = [self._chat_item(grids[k], turns) for k, turns in zip(image_of_row, conversations, strict=True)]
         phrases = [ChatTurn(*turns[-1]).phrases for turns in conversations]
         prepared = self._prepared(items, phrases, [encoded.sizes[image] for image in image_of_row])
-        return self._answer(self._on_device(prepared), prepared, encoded, image_of_row, max_new_tokens)
+        return self._answer(self._on_device(prepared.batch), prepared, encoded, image_of_row, max_new_tokens)
 
     def _answer(
         self,
@@ -261,7 +260,7 @@ class Predictor:
     def detect(
         self,
         understanding: Understanding,
-        threshold: float | Sequence[float] = 0.3,
+        threshold: float | Sequence[float] = DEFAULT_THRESHOLD,
         queries_PNC: Tensor | None = None,
     ) -> list[Prediction]:
         """Detector and post-processing; `queries_PNC` stands in for the projected queries (query reliance)."""
@@ -303,7 +302,7 @@ class Predictor:
         return self._detect(self._understand(prepared))
 
     @torch.no_grad()
-    def finish(self, detection: Detection, threshold: float | Sequence[float] = 0.3) -> list[Prediction]:
+    def finish(self, detection: Detection, threshold: float | Sequence[float] = DEFAULT_THRESHOLD) -> list[Prediction]:
         """Keep score > threshold (one for all, or one for each answer); masks at image size, run-length encoded."""
         output = detection.output
         rows = len(detection.answers)

@@ -9,6 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypedDict
 
+DEFAULT_THRESHOLD = 0.3
+"""Instances with a higher score are kept, unless another one is asked for (DESIGN section 7)."""
+
 
 class RLE(TypedDict):
     """A COCO run-length encoded binary mask: ``size`` is [height, width], ``counts`` the compressed string."""

@@ -20,7 +20,7 @@ REPOSITORY = Path(__file__).parents[1]
 PACKAGE = REPOSITORY / "instructsam"
 MAX_LINES = 600
 
-FLOOR = {"structures", "masks", "errors", "lock", "files"}
+FLOOR = {"structures", "masks", "errors", "lock", "files", "words"}
 # Usable without torch.
 RECORDS = {f"evaluation.{name}" for name in ("metrics", "average_precision", "report", "tables", "records", "measure")}
 RECORDS |= {f"evaluation.{name}" for name in ("measured", "overlaps", "concept_f1", "bootstrap", "sweep", "coco_ap")}
@@ -36,6 +36,7 @@ ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "lock": set(),
     "files": set(),
+    "words": set(),
     "cli": set(),
     "masks": {"structures", "errors"},
     "processing": FLOOR,

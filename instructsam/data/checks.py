@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -21,7 +20,6 @@ logger = logging.getLogger(__name__)
 
 OnBad = Literal["raise", "skip"]
 _LARGEST = sys.float_info.max
-_HALF = re.compile("[\ud800-\udfff]")
 _LOGGED = 20
 """So many skipped entries are logged one by one; all of them are counted."""
 
@@ -138,11 +136,6 @@ def parse_json(text: str | bytes) -> Any:
 def is_id(value: Any) -> bool:
     """A number or a string, as ids are."""
     return isinstance(value, int | str) and not isinstance(value, bool)
-
-
-def is_text(value: Any) -> bool:
-    """A string that holds more than blanks, and no half characters (lone surrogates), which JSON may hold."""
-    return isinstance(value, str) and bool(value.strip()) and (value.isascii() or not _HALF.search(value))
 
 
 def is_number(value: Any) -> bool:

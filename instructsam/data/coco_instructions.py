@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from instructsam import masks
-from instructsam.data.checks import Place, Skips, check_four, is_finite, is_id, is_text, parse_json
+from instructsam.data.checks import Place, Skips, check_four, is_finite, is_id, parse_json
 from instructsam.data.coco_instances import (
     annotation_name,
     annotations_by_image,
@@ -36,6 +36,7 @@ from instructsam.data.json_stream import stream_json_lines
 from instructsam.data.release_masks import check_each
 from instructsam.errors import Consequence, DataError
 from instructsam.structures import RLE, PhraseTarget, Sample, Turn
+from instructsam.words import is_text
 
 _BLOCK = 256
 """Images whose masks are checked together."""

@@ -18,9 +18,10 @@ from typing import Any
 from PIL import Image
 
 from instructsam import masks
-from instructsam.data.checks import Place, Skips, check_size, is_finite, is_size, is_text
+from instructsam.data.checks import Place, Skips, check_size, is_finite, is_size
 from instructsam.errors import DataError
 from instructsam.structures import RLE, PhraseTarget, Sample, Turn
+from instructsam.words import is_text
 
 _NAMED = 10
 """So many missing files are named in a message; all of them are counted."""

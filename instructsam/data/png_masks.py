@@ -25,12 +25,13 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from instructsam import masks
-from instructsam.data.checks import Place, Skips, check_four, check_size, is_text
+from instructsam.data.checks import Place, Skips, check_four, check_size
 from instructsam.data.eval_split import as_phrase
 from instructsam.data.json_stream import stream_records
 from instructsam.errors import DataError
 from instructsam.processing.images import READ_ERRORS
 from instructsam.structures import RLE, PhraseTarget, Sample, Turn
+from instructsam.words import is_text
 
 BOX_FORMS = ("xywh", "xyxy")
 

@@ -11,11 +11,12 @@ from __future__ import annotations
 from collections import Counter
 from pathlib import Path
 
-from instructsam.data.checks import Place, Skips, is_id, is_text
+from instructsam.data.checks import Place, Skips, is_id
 from instructsam.data.coco_instances import annotations_by_image, images_by_id, load_instances
 from instructsam.data.eval_split import Collector, EvalSplit, instance_rles, turn_of
 from instructsam.errors import DataError
 from instructsam.structures import RLE
+from instructsam.words import is_text
 
 
 def read_saco(

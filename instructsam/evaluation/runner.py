@@ -20,7 +20,7 @@ from instructsam.evaluation import ranks, streaming
 from instructsam.evaluation.fingerprint import items_digest
 from instructsam.evaluation.pipeline import buckets, overlapped
 from instructsam.evaluation.segmenter import Segmenter, StagedSegmenter
-from instructsam.structures import RLE, Prediction, Sample, Turn
+from instructsam.structures import DEFAULT_THRESHOLD, RLE, Prediction, Sample, Turn
 
 Record = dict[str, Any]
 
@@ -103,7 +103,7 @@ def run(
     segmenter: Segmenter,
     items: Sequence[EvalItem],
     path: str | Path | None = None,
-    threshold: float = 0.3,
+    threshold: float = DEFAULT_THRESHOLD,
     batch_size: int = 8,
     *,
     fingerprint: Mapping[str, Any] | None = None,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from instructsam.inference.selection import DEFAULT_THRESHOLD
+from instructsam.structures import DEFAULT_THRESHOLD
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:

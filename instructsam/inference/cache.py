@@ -59,25 +59,23 @@ class ImageCache:
         Returns:
             The different pictures among them; for each given one its place among those, and whether it was known.
         """
-        keys = [picture_key(image) for image in images]
-        order = list(dict.fromkeys(keys))
+        objects = {id(image): image for image in images}  # one that comes several times is hashed once
+        key_of = {number: picture_key(image) for number, image in objects.items()}
+        keys = [key_of[id(image)] for image in images]
         by_key = dict(zip(keys, images, strict=True))
         with self._lock:
-            parts = {key: self._known[key] for key in order if key in self._known}
-            for key in parts:
+            found = {key: self._known[key] for key in by_key if key in self._known}
+            for key in found:
                 self._known.move_to_end(key)
-        found = set(parts)
-        new = [key for key in order if key not in parts]
-        self.hits, self.misses = self.hits + len(found), self.misses + len(new)
+            new = [key for key in by_key if key not in found]
+            self.hits, self.misses = self.hits + len(found), self.misses + len(new)
+        parts = list(found.values())
         if new:
-            encoded = encode([by_key[key] for key in new])
-            if not found and not self.size:
-                return encoded, [order.index(key) for key in keys], [False] * len(keys)
-            parts.update(zip(new, encoded.split(), strict=True))
-        with self._lock:
-            for key in new[-self.size :] if self.size else []:
-                self._known[key] = parts[key]
-            while len(self._known) > self.size:
-                self._known.popitem(last=False)
-        place = {key: k for k, key in enumerate(order)}
-        return EncodedImages.join([parts[key] for key in order]), [place[k] for k in keys], [k in found for k in keys]
+            parts.append(encode([by_key[key] for key in new]))
+            kept = range(max(0, len(new) - self.size), len(new))
+            with self._lock:
+                self._known.update((new[k], parts[-1].one(k)) for k in kept)
+                while len(self._known) > self.size:
+                    self._known.popitem(last=False)
+        place = {key: k for k, key in enumerate([*found, *new])}
+        return EncodedImages.join(parts), [place[key] for key in keys], [key in found for key in keys]

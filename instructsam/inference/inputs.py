@@ -12,9 +12,9 @@ import numpy as np
 from PIL import Image
 
 from instructsam.errors import DataError
-from instructsam.inference.words import are_phrases, asked_by, is_text
 from instructsam.processing.chat import ChatTurn
 from instructsam.processing.images import READ_ERRORS, load_image
+from instructsam.words import are_phrases, asked_by, fault_of
 
 ADDRESSES = ("http://", "https://", "ftp://", "s3://", "gs://", "data:")
 
@@ -128,9 +128,8 @@ def make_jobs(num_images: int, single: bool, instruction: Any, phrases: Any) -> 
     if not asked:
         raise ValueError("the list of instructions is empty")
     for index, text in enumerate(asked):
-        if text is not None and not is_text(text):
-            where = f"instruction {index}" if len(asked) > 1 else "the instruction"
-            raise ValueError(f"{where} is empty" if isinstance(text, str) else f"{where} is no text: {text!r}")
+        if text is not None and (fault := fault_of(text)):
+            raise ValueError(f"{f'instruction {index}' if len(asked) > 1 else 'the instruction'} {fault}")
     count = max(len(asked), len(words)) if single else num_images
     for name, values in (("instructions", asked), ("lists of phrases", words)):
         if len(values) not in (1, count):

@@ -21,12 +21,12 @@ from instructsam.errors import at
 from instructsam.inference.cache import ImageCache
 from instructsam.inference.inputs import check_source, make_jobs, name_of, read_picture
 from instructsam.inference.results import Result
-from instructsam.inference.selection import DEFAULT_THRESHOLD, check_selection
+from instructsam.inference.selection import check_selection
 from instructsam.inference.session import Session
 from instructsam.models.decoding_rules import DEFAULT_RULE
 from instructsam.predictor import Predictor
 from instructsam.processing.chat import Turns
-from instructsam.structures import Prediction
+from instructsam.structures import DEFAULT_THRESHOLD, Prediction
 
 
 class InstructSAM:

@@ -10,9 +10,8 @@ from dataclasses import dataclass
 from PIL import Image
 
 from instructsam.inference.model import InstructSAM
-from instructsam.inference.selection import DEFAULT_THRESHOLD
 from instructsam.processing.chat import ChatTurn, Turns
-from instructsam.structures import Prediction
+from instructsam.structures import DEFAULT_THRESHOLD, Prediction
 
 _log = logging.getLogger(__name__)
 
@@ -61,7 +60,7 @@ def answer_each(model: InstructSAM, questions: Sequence[Question]) -> list[Predi
 def _fault(model: InstructSAM, question: Question) -> Exception | None:
     try:
         model.predictor.check(question.turns, (question.image.height, question.image.width))
-    except ValueError as error:
+    except Exception as error:
         return error
     return None
 

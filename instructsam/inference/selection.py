@@ -9,8 +9,6 @@ from typing import TypeVar
 from instructsam.masks import pairwise_iou
 from instructsam.structures import Instance
 
-DEFAULT_THRESHOLD = 0.3
-
 AnyInstance = TypeVar("AnyInstance", bound=Instance)
 
 
@@ -63,4 +61,5 @@ def _without_duplicates(instances: Sequence[Instance], by_score: list[int], limi
             if not best or overlaps[place, best].max() <= limit:
                 best.append(place)
         kept += [own[place] for place in best]
-    return [k for k in by_score if k in set(kept)]
+    chosen = set(kept)
+    return [k for k in by_score if k in chosen]

@@ -14,10 +14,10 @@ from PIL import Image
 from instructsam.errors import DataError, at
 from instructsam.inference.inputs import make_jobs
 from instructsam.inference.results import Result
-from instructsam.inference.selection import DEFAULT_THRESHOLD, check_selection
+from instructsam.inference.selection import check_selection
 from instructsam.predictor import Predictor
 from instructsam.processing.chat import ChatTurn, Turns
-from instructsam.structures import Prediction
+from instructsam.structures import DEFAULT_THRESHOLD, Prediction
 
 _PHRASE = re.compile(r"<\|object_ref_start\|>.*?<\|object_ref_end\|>", re.DOTALL)
 
@@ -99,7 +99,11 @@ class Session:
 
     def _remember(self, instruction: str, answer: str, phrases: Sequence[str]) -> None:
         pieces = _PHRASE.split(answer)
-        if len(pieces) != len(phrases) + 1:  # a phrase that got no queries, or is empty
+        if len(pieces) != len(phrases) + 1:  # a phrase that got no queries
             pieces = []
+        try:
+            self.model.predictor.processor.chat.answer(phrases, pieces)
+        except DataError:  # such as a phrase that is empty or never ends: it cannot be said again
+            return
         if phrases or "".join(pieces).strip():
             self._turns.append(ChatTurn(instruction, list(phrases), pieces))

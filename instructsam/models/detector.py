@@ -31,14 +31,14 @@ from transformers.models.sam3.modeling_sam3 import (
 
 @dataclass
 class ImageFeatures:
-    """FPN maps of a batch of images, finest first, and their position encodings: lists of (B, C, H, W)."""
+    """FPN maps of a batch of images, finest first, (B, C, H, W) each, and the position encoding of the last one."""
 
     maps: list[Tensor]
-    positions: list[Tensor]
+    position: Tensor
 
     def select(self, index_P: Tensor) -> ImageFeatures:
-        """The maps of image ``index_P[p]`` for every phrase p: lists of (P, C, H, W)."""
-        return ImageFeatures([m[index_P] for m in self.maps], [p[index_P] for p in self.positions])
+        """Those of image ``index_P[p]`` for every phrase p: (P, C, H, W) each."""
+        return ImageFeatures([m[index_P] for m in self.maps], self.position[index_P])
 
 
 @dataclass
@@ -209,7 +209,7 @@ class InstanceDetector(Sam3PreTrainedModel):
         trainable = any(p.requires_grad for p in self.vision_encoder.parameters())
         with torch.set_grad_enabled(torch.is_grad_enabled() and trainable):
             output = self.vision_encoder(pixel_values.to(self.dtype))
-        return ImageFeatures(list(output.fpn_hidden_states[:-1]), list(output.fpn_position_encoding[:-1]))
+        return ImageFeatures(list(output.fpn_hidden_states[:-1]), output.fpn_position_encoding[-2])
 
     def forward(
         self,
@@ -235,7 +235,7 @@ class InstanceDetector(Sam3PreTrainedModel):
         fused = self.detr_encoder(
             vision_features=[per_phrase.maps[-1]],
             text_features=phrase_features_PTC,
-            vision_pos_embeds=[per_phrase.positions[-1].to(phrase_features_PTC.dtype)],
+            vision_pos_embeds=[per_phrase.position.to(phrase_features_PTC.dtype)],
             text_mask=phrase_mask_PT,
         )
         states, boxes, presence = self.detr_decoder(

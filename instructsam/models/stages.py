@@ -46,18 +46,16 @@ class EncodedImages:
     def __len__(self) -> int:
         return len(self.sizes)
 
-    def split(self) -> list[EncodedImages]:
-        """One by one, in memory of their own: none keeps the others alive."""
-        vision, indices = self.vision, torch.arange(len(self), device=self.grid_thw.device)
-        return [
-            EncodedImages(
-                VisionFeatures([vision.tokens[k].clone()], [[layer.clone() for layer in vision.deepstack[k]]]),
-                self.grid_thw[index],
-                self.detector.select(index),
-                [self.sizes[k]],
-            )
-            for k, index in enumerate(indices.split(1))
-        ]
+    def one(self, index: int) -> EncodedImages:
+        """One of them, in memory of its own: it keeps no other alive."""
+        tokens, layers = self.vision.tokens[index], self.vision.deepstack[index]
+        row = torch.tensor([index], device=self.grid_thw.device)
+        return EncodedImages(
+            VisionFeatures([tokens.clone()], [[layer.clone() for layer in layers]]),
+            self.grid_thw[row],
+            self.detector.select(row),
+            [self.sizes[index]],
+        )
 
     @staticmethod
     def join(parts: Sequence[EncodedImages]) -> EncodedImages:
@@ -65,14 +63,13 @@ class EncodedImages:
         if len(parts) == 1:
             return parts[0]
         maps = zip(*(part.detector.maps for part in parts), strict=True)
-        positions = zip(*(part.detector.positions for part in parts), strict=True)
         return EncodedImages(
             VisionFeatures(
                 [tokens for part in parts for tokens in part.vision.tokens],
                 [layers for part in parts for layers in part.vision.deepstack],
             ),
             torch.cat([part.grid_thw for part in parts]),
-            ImageFeatures([torch.cat(m) for m in maps], [torch.cat(p) for p in positions]),
+            ImageFeatures([torch.cat(m) for m in maps], torch.cat([part.detector.position for part in parts])),
             [size for part in parts for size in part.sizes],
         )
 

@@ -23,6 +23,7 @@ from torch import Tensor
 from instructsam.errors import DataError
 from instructsam.processing.special_tokens import QWEN_IDS, special_token_ids
 from instructsam.structures import Turn
+from instructsam.words import has_half
 
 IGNORED = -100
 CACHED_TEXT = 128
@@ -104,6 +105,8 @@ class ChatLayout:
         for token in self._reserved:
             if token in text:
                 raise DataError(f"text {text[:80]!r} contains the reserved token {token!r}", "text")
+        if has_half(text):
+            raise DataError(f"text {text[:80]!r} holds half a character (a lone surrogate)", "text")
         return self._tokenise(text)
 
     def _piece(self, text: str) -> tuple[int, ...]:
@@ -132,7 +135,7 @@ class ChatLayout:
         """Phrases with their query blocks and the `pieces` of text around them (see `ChatTurn`), without end of turn.
 
         Raises:
-            DataError: an empty phrase, reserved tokens in the text.
+            DataError: an empty phrase, reserved tokens or half characters in the text.
         """
         before, *after = pieces or ["", *[", "] * (len(phrases) - 1), ""][: len(phrases) + 1]
         assert len(after) == len(phrases), f"{len(phrases)} phrases with {len(pieces)} pieces of text"

@@ -20,7 +20,7 @@ from instructsam.processing.chat import IGNORED, ChatLayout, ChatTurn, EncodedCh
 from instructsam.processing.images import DetectorImageTransform, ImageSource, VLMImageTransform, load_image
 from instructsam.processing.pretrained import PretrainedProcessor
 from instructsam.processing.targets import MASK_RESIZES, collate_targets, phrase_targets
-from instructsam.structures import Instance, Sample
+from instructsam.structures import DEFAULT_THRESHOLD, Instance, Sample
 
 _PIXELS_AT_ONCE = 2**26
 """Of masks that are brought to picture size together (256 MiB of float32): many on a large picture would need 16 GB."""
@@ -187,7 +187,7 @@ class InstructSAMProcessor(PretrainedProcessor):
         batch: dict[str, Any] = {
             "input_ids": pad(input_ids, self.chat.token_ids["pad"]),
             "attention_mask": torch.arange(length) < torch.tensor([len(row) for row in input_ids])[:, None],
-            **self._collate_pictures([item for item in items if "pixel_values" in item]),
+            **self.collate_pictures([item for item in items if "pixel_values" in item]),
             "sample_ids": [item.get("sample_id", str(k)) for k, item in enumerate(items)],
         }
         if any("turn_ids" in item for item in items):
@@ -201,7 +201,8 @@ class InstructSAMProcessor(PretrainedProcessor):
             batch.update(collate_targets(targets, box_only, self.mask_size))
         return batch
 
-    def _collate_pictures(self, items: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+    def collate_pictures(self, items: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+        """The pictures of items that all have one (from `encode_image`), one after the other; length 0 for no item."""
         if not items:
             vlm, side = self.vlm_image, self.detector_image.size
             return {
@@ -224,7 +225,7 @@ class InstructSAMProcessor(PretrainedProcessor):
         boxes_PN4: Tensor,
         phrases: Sequence[str],
         size: tuple[int, int],
-        threshold: float = 0.3,
+        threshold: float = DEFAULT_THRESHOLD,
     ) -> list[Instance]:
         """Post-processing of one image's phrases (DESIGN section 7).
 

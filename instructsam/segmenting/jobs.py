@@ -8,14 +8,14 @@ import itertools
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from instructsam.files import json_object
-from instructsam.inference.words import are_phrases, asked_by, is_text
+from instructsam.words import are_phrases, asked_by, fault_of
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 FIELDS = ("image", "instruction", "phrases", "id")
@@ -41,10 +41,11 @@ class FileJob:
     instruction: str | None
     phrases: tuple[str, ...] | None
     where: str = field(default="", compare=False)
-    picture: dict[str, Any] = field(init=False, compare=False, repr=False)
+    picture: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "picture", state_of(self.image))
+        if not self.picture:  # `replace` hands it on
+            object.__setattr__(self, "picture", state_of(self.image))
 
     @property
     def text(self) -> str:
@@ -113,7 +114,7 @@ def jobs_of(pictures: Sequence[Path], instructions: Sequence[str], phrases: Sequ
     if not instructions and not phrases:
         raise ValueError("nothing is asked: give --instruction, --phrase or --jobs")
     for name, texts in (("instruction", instructions), ("phrase", phrases)):
-        if not all(map(is_text, texts)):
+        if not all(text.strip() for text in texts):
             raise ValueError(f"an empty --{name}")
     if phrases and len(instructions) > 1:
         raise ValueError("--phrase is the answer to one instruction, and several are given")
@@ -149,8 +150,8 @@ def _read_job(line: str, where: str, folder: Path) -> FileJob:
     image, instruction, phrases = values.get("image"), values.get("instruction"), values.get("phrases")
     if not isinstance(image, str) or not image:
         raise ValueError(f"{where}: image must be the path of a picture, got {image!r}")
-    if instruction is not None and not is_text(instruction):
-        raise ValueError(f"{where}: the instruction is empty, or no text: {instruction!r}")
+    if instruction is not None and (fault := fault_of(instruction)):
+        raise ValueError(f"{where}: the instruction {fault}")
     if phrases is not None and not are_phrases(phrases):
         raise ValueError(f"{where}: phrases must be a list of words, got {phrases!r}")
     if instruction is None and phrases is None:

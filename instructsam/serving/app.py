@@ -20,13 +20,14 @@ from starlette.datastructures import UploadFile
 from instructsam.inference.model import InstructSAM
 from instructsam.inference.questions import OutOfMemory, Question
 from instructsam.inference.results import Result
-from instructsam.inference.selection import DEFAULT_THRESHOLD, check_selection
+from instructsam.inference.selection import check_selection
 from instructsam.processing.images import load_image
 from instructsam.serving.batching import Batcher, Overloaded, Room
 from instructsam.serving.docs_page import docs_page
 from instructsam.serving.limits import Limits, TooLarge, number
 from instructsam.serving.metrics import Metrics
 from instructsam.serving.schema import FIELDS, RESPONSES, form_schema
+from instructsam.structures import DEFAULT_THRESHOLD
 
 FORM_OVERHEAD = 64 * 1024  # of a request beside its picture
 SEGMENT = "/v1/segment"

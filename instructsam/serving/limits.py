@@ -9,9 +9,9 @@ from PIL import Image
 
 from instructsam.errors import DataError
 from instructsam.inference.inputs import open_bytes
-from instructsam.inference.selection import DEFAULT_THRESHOLD
-from instructsam.inference.words import asked_by
 from instructsam.processing.images import load_image
+from instructsam.structures import DEFAULT_THRESHOLD
+from instructsam.words import asked_by
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")
 """Of pictures (Pillow reads MPO as JPEG). Some others decode, or run a program, as soon as a file is opened."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from instructsam.inference.selection import DEFAULT_THRESHOLD
 from instructsam.serving.limits import FORMATS, Limits
+from instructsam.structures import DEFAULT_THRESHOLD
 
 FIELDS = ("image", "instruction", "phrase", "threshold", "top_k", "nms_iou")
 

@@ -12,6 +12,7 @@ from PIL import Image
 import instructsam
 from instructsam import InstructSAM, Result
 from instructsam.data.tiny_world import make_example
+from instructsam.inference import cache as cache_module
 from instructsam.inference import model as model_module
 from instructsam.inference.cache import ImageCache, picture_key
 from instructsam.inference.inputs import read_picture
@@ -132,6 +133,24 @@ def test_the_oldest_picture_is_forgotten(checkpoint, images):
         ImageCache(-1)
 
 
+def test_one_object_is_hashed_once(model, images, monkeypatch):
+    hashed: list[Image.Image] = []
+    monkeypatch.setattr(cache_module, "picture_key", lambda image: hashed.append(image) or picture_key(image))
+    model.segment(images[0], phrases=[["a"], ["b"], ["c"]])
+    assert len(hashed) == 1
+
+
+def test_pictures_that_are_known_do_not_hold_the_others(checkpoint, images):
+    """What is kept of a batch lies in memory of its own, and no more of it than may be kept."""
+    model = InstructSAM.from_pretrained(checkpoint, device="cpu", cached_images=2)
+    model.segment(images, phrases=WORDS)
+    assert len(model.cache) == 2
+    for kept in model.cache._known.values():
+        tensors = [*kept.vision.tokens, *kept.vision.deepstack[0], kept.grid_thw, *kept.detector.maps]
+        for tensor in [*tensors, kept.detector.position]:
+            assert tensor.untyped_storage().nbytes() == tensor.nbytes
+
+
 def test_pictures_are_told_apart_by_their_pixels():
     one = Image.new("RGB", (4, 6))
     other = one.copy()
@@ -192,6 +211,23 @@ def test_a_conversation_that_becomes_too_long(model, images):
     session.segment("x", phrases=["stars"])
 
 
+@pytest.mark.parametrize(
+    ("answer", "phrases"),
+    [
+        ("<|object_ref_start|>red circle", []),
+        ("ok<|object_ref_end|>", []),
+        ("<|object_ref_start|> <|object_ref_end|>", [""]),
+    ],
+)
+def test_an_answer_that_cannot_be_said_again_is_not_remembered(model, images, answer, phrases):
+    """Or no later question of the conversation could be asked."""
+    session = model.session(images[0], context=True)
+    session.segment("the stars", phrases=["stars"])
+    session._remember("x", answer, phrases)
+    assert len(session._turns) == 1
+    session.segment("and the circles", phrases=["circles"])
+
+
 def test_text_around_phrases_is_remembered(model, images):
     session = model.session(images[0], context=True)
     mark = "<|object_ref_start|>{}<|object_ref_end|>"
@@ -211,6 +247,8 @@ def test_text_around_phrases_is_remembered(model, images):
         ({"instruction": " "}, "the instruction is empty"),
         ({"instruction": None}, "nothing is asked"),
         ({"instruction": "a <|im_end|> b"}, "reserved token"),
+        ({"instruction": "a \ud800 b"}, "the instruction holds half a character"),
+        ({"instruction": None, "phrases": ["a \ud800"]}, "phrases must be a list of words"),
         ({"instruction": ["a", "a <|im_end|> b"]}, "question 1: text .* reserved token"),
         ({"instruction": None, "phrases": ["x"] * 11}, "11 phrases, more than max_phrases=10"),
         ({"instruction": None, "phrases": [["x"], ["x"] * 11]}, "question 1: 11 phrases, more than max_phrases=10"),

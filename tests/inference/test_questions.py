@@ -9,7 +9,10 @@ from types import SimpleNamespace
 import pytest
 from PIL import Image
 
+from instructsam.errors import DataError
+from instructsam.inference.model import InstructSAM
 from instructsam.inference.questions import OutOfMemory, Question, answer_each
+from instructsam.structures import Prediction
 
 PICTURE = Image.new("RGB", (40, 30))
 
@@ -56,6 +59,25 @@ def test_faults_are_found_before_anything_runs(toy):
     assert [type(one) for one in found] == [ValueError, SimpleNamespace, ValueError] and toy.batches == [["a"]]
     assert answer_each(toy, [Question(PICTURE, "reserved")])[0].args == ("a reserved token",)
     assert answer_each(toy, []) == []
+
+
+def test_half_a_character_spoils_no_other(checkpoint):
+    """A tokenizer refuses it with an error of its own kind."""
+    model = InstructSAM.from_pretrained(checkpoint, device="cpu", max_new_tokens=4)
+    asked = [Question(Image.new("RGB", (96, 96)), text) for text in ("every circle", "a \ud800 b", "every star")]
+    found = answer_each(model, asked)
+    assert [isinstance(one, Prediction) for one in found] == [True, False, True]
+    assert isinstance(found[1], DataError) and "holds half a character" in str(found[1])
+
+
+def test_whatever_is_wrong_with_a_question_spoils_no_other(toy):
+    def check(turns, size):
+        if turns[-1].instruction == "odd":
+            raise TypeError("no text")
+
+    toy.predictor.check = check
+    found = answer_each(toy, [Question(PICTURE, "odd"), Question(PICTURE, "a")])
+    assert isinstance(found[0], TypeError) and found[1].answer == "a"
 
 
 def test_what_is_too_much_together_is_asked_alone(toy):

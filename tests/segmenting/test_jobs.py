@@ -46,6 +46,8 @@ def test_a_file_of_jobs(photos):
         ('{"image": "a.png"}', "jobs.jsonl:2: neither an instruction nor phrases"),
         ('{"instruction": "a"}', "jobs.jsonl:2: image must be the path of a picture, got None"),
         ('{"image": "a.png", "instruction": " "}', "jobs.jsonl:2: the instruction is empty"),
+        ('{"image": "a.png", "instruction": "a \\ud800"}', "jobs.jsonl:2: the instruction holds half a character"),
+        ('{"image": "a.png", "instruction": 5}', "jobs.jsonl:2: the instruction is no text: 5"),
         ('{"image": "a.png", "phrases": ["a", ""]}', "jobs.jsonl:2: phrases must be a list of words"),
         ('{"image": "a.png", "instruction": "a", "prompt": "b"}', "jobs.jsonl:2: unknown field 'prompt'"),
         ('{"image": "a.png", "instruction": "a", "id": "../x"}', "jobs.jsonl:2: id must be of letters"),
