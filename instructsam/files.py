@@ -45,7 +45,7 @@ def json_object(text: str | bytes, where: object, expected: str = "an object") -
     """
     try:
         found = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:  # the latter of brackets within brackets without end
         raise ValueError(f"{where}: is not valid JSON ({error})") from None
     if not isinstance(found, dict):
         raise ValueError(f"{where}: expected {expected}, got {type(found).__name__}")

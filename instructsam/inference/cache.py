@@ -23,8 +23,8 @@ class ImageCache:
     """Keeps what was last encoded, on the model's device; may be used by several threads.
 
     Args:
-        size: number of pictures; 0 keeps none. At full size one of 512 x 600 takes 60 MiB
-            in bfloat16, one of 1600 x 1200 85 MiB.
+        size: number of pictures; 0 keeps none. At full size one of 512 x 600 takes 60 MiB in
+            bfloat16, one of 1600 x 1200 85 MiB.
 
     Attributes:
         hits, misses: pictures that were found and those that had to be encoded.

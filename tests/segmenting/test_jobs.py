@@ -42,6 +42,7 @@ def test_a_file_of_jobs(photos):
     ("line", "message"),
     [
         ("{", "jobs.jsonl:2: is not valid JSON"),
+        ("[" * 100_000, "jobs.jsonl:2: is not valid JSON"),
         ("[]", "jobs.jsonl:2: expected an object with image, instruction, phrases, id"),
         ('{"image": "a.png"}', "jobs.jsonl:2: neither an instruction nor phrases"),
         ('{"instruction": "a"}', "jobs.jsonl:2: image must be the path of a picture, got None"),
