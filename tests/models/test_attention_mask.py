@@ -123,6 +123,18 @@ def test_decoding_steps_stack_up_to_the_dense_mask(variant, seed):
     assert torch.equal(torch.cat(rows, dim=2), whole)
 
 
+def test_the_prompt_reaches_to_the_first_end_of_turn():
+    """With that token, and no matter what ends later; without one, all of it."""
+    ends = [2, 0, 4, None]
+    rows = torch.tensor([[TEXT, TEXT, EOS, TEXT, EOS], [EOS, TEXT, EOS, EOS, TEXT], [TEXT] * 4 + [EOS], [TEXT] * 5])
+    layout = TokenLayout.from_tokens(rows, torch.ones_like(rows), seg_token_id=SEG, eos_token_id=EOS, num_queries=3)
+    mask = dense_mask("prefix", layout)[:, 0]
+    for row, end in enumerate(ends):
+        prompt = [end is None or position <= end for position in range(5)]
+        assert layout.prompt[row].tolist() == prompt
+        assert mask[row, 0].tolist() == [True, *prompt[1:]]  # the first token sees the whole prompt and nothing else
+
+
 def test_every_row_sees_something():
     layout = random_layout(3)
     for variant in VARIANTS:

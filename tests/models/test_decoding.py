@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from instructsam.models.attention_mask import VARIANTS
-from instructsam.models.decoding import decode
+from instructsam.models.decoding import decode, greedy
 from instructsam.models.decoding_rules import RULES
 
 TOLERANCE = 1e-4
@@ -178,6 +178,25 @@ def test_the_markers_count_to_the_limit_of_a_phrase(tiny):
         assert phrases.tokens[0, phrases.mask[0]].tolist() == list(range(first, first + limit))
 
 
+def test_a_query_block_needs_a_phrase_of_at_least_one_token(tiny):
+    """An empty phrase is refused, and markers missing or in wrong order."""
+    model, meta, _ = tiny
+    ids = meta["tokens"]
+    start, end, word = ids["ref_start"], ids["ref_end"], 20
+    block = [ids["mask_start"], *[ids["seg"]] * meta["num_queries"], ids["mask_end"]]
+    good = [start, word, end, *block, word]
+    for rule in RULES.values():
+        for said in ([word, start, end], [start, word, word], [word, word, end], [end, word, start], [word] * 3):
+            with pytest.raises(ValueError, match="batch row 1: a query block without a phrase"):
+                rule.phrases(torch.tensor([good, [*said, *block, word]]), model.config)
+            with pytest.raises(ValueError, match="batch row 0: a query block without a phrase"):
+                rule.phrases(torch.tensor([[*said, *block, word], good]), model.config)
+        phrases = rule.phrases(torch.tensor([good, [word, start, word, end, *block]]), model.config)
+        first, last = (0, 2) if rule.marked_phrases else (1, 1)
+        assert bool(phrases.mask.all())
+        assert phrases.tokens.tolist() == [list(range(first + row, last + row + 1)) for row in range(2)]
+
+
 def test_unknown_rule(tiny):
     model, meta, tensors = tiny
     input_ids, mask = prompts(tensors, meta, 0)
@@ -220,6 +239,60 @@ def test_greedy_decoding_stops_at_the_limits(tiny):
     assert not bool(cut.finished.any())
     with pytest.raises(ValueError, match="max_new_tokens=0"):
         decode(*args, max_new_tokens=0)
+
+
+@torch.no_grad()
+def test_as_many_tokens_are_written_as_the_limit_says(tiny):
+    """Queries do not count; only with room for its end is a row finished."""
+    model, meta, tensors = tiny
+    model.config.attention_variant = "hybrid"
+    input_ids, mask = prompts(tensors, meta, 0)
+    ids = meta["tokens"]
+    block = [ids["mask_start"], *[ids["seg"]] * meta["num_queries"], ids["mask_end"]]
+    phrase = [ids["ref_start"], 20, ids["ref_end"]]
+    plans = [[*phrase, 30, 31], [40, 41, 42, 43, 44]]  # then both end
+    args = (model, input_ids, mask, tensors["pixel_values"], tensors["image_grid_thw"])
+
+    def choose(step, logits):
+        return torch.tensor([plan[step] if step < len(plan) else ids["eos"] for plan in plans])
+
+    for limit in range(1, 7):
+        decoded = decode(*args, max_new_tokens=limit, choose=choose)
+        for row, plan in enumerate(plans):
+            written = plan[:limit]
+            expected = [*written[:3], *block, *written[3:]] if row == 0 and limit >= 3 else written
+            answer = decoded.input_ids[row, decoded.attention_mask[row]][int(decoded.answer_start[row]) :]
+            assert answer.tolist() == expected
+        assert decoded.finished.tolist() == [limit > len(plan) for plan in plans]
+
+
+@torch.no_grad()
+def test_markup_that_is_not_the_models_to_write_is_never_written(tiny, monkeypatch):
+    """Each in turn is the most probable; the second best is taken."""
+    model, meta, tensors = tiny
+    model.config.attention_variant = "hybrid"
+    monkeypatch.setitem(model.config.token_ids, "region", 311)
+    input_ids, mask = prompts(tensors, meta, 0)
+    ids, word = {**meta["tokens"], "region": 311}, 20
+    names = ("seg", "mask_start", "mask_end", "region", "pad", "image", "video", "vstart", "vend")
+    wanted = iter([ids[name] for name in names])
+
+    def lm_logits(hidden):
+        logits = torch.zeros(len(hidden), model.config.vlm_config.text_config.vocab_size)
+        logits[:, word], logits[:, next(wanted, 0)] = 1.0, 2.0
+        return logits
+
+    def choose(step, logits):
+        chosen = greedy(step, logits)
+        assert chosen.tolist() == [word, word], names[step]
+        return chosen
+
+    monkeypatch.setattr(model, "lm_logits", lm_logits)
+    vision = (tensors["pixel_values"], tensors["image_grid_thw"])
+    decoded = decode(model, input_ids, mask, *vision, max_new_tokens=len(names), choose=choose)
+    for row, start in enumerate(decoded.answer_start.tolist()):
+        answer = decoded.input_ids[row, decoded.attention_mask[row]][start:]
+        assert answer.tolist() == [word] * len(names)
 
 
 @torch.no_grad()
