@@ -16,7 +16,9 @@ from instructsam.models.checkpoints import fresh_model
 from instructsam.models.configuration import InstructSAMConfig
 from instructsam.models.decoding import decode
 from instructsam.models.decoding_rules import RULES
+from instructsam.models.detector import DetectorOutput
 from instructsam.models.placement import cast_parameters
+from instructsam.models.stages import Detection
 from instructsam.predictor import Predictor
 from instructsam.processing.chat import ChatTurn
 from instructsam.structures import Prediction
@@ -97,6 +99,28 @@ def test_limits_are_the_predictors_own_unless_given(checkpoint, images, monkeypa
     encoded, turns = predictor.encode_images(images), [[ChatTurn(text, None)] for text in INSTRUCTIONS]
     assert predictor.answer(encoded, [0, 1], turns, max_new_tokens=64).finished == [True, True]
     assert not predictor.segment(images[:1], INSTRUCTIONS[:1])[0].meta["finished"]
+
+
+def test_scores_are_the_class_times_the_presence(checkpoint):
+    """In float32, each phrase with its own; the threshold is for the product."""
+    predictor = Predictor.from_pretrained(checkpoint)
+    logits = torch.tensor([[0.0, 2.0], [-1.0, 0.5], [0.0, 3.0]], dtype=torch.bfloat16)  # all of them exact
+    presence = torch.tensor([[0.0], [1.5], [-2.0]], dtype=torch.bfloat16)
+    boxes = torch.tensor([0.0, 0.0, 1.0, 1.0]).expand(3, 2, 4)
+    output = DetectorOutput(torch.ones(3, 2, 4, 4), logits, boxes, presence)
+    detection = Detection(["", "", ""], [["a"], [], ["b", "c"]], [(4, 4)] * 3, [True] * 3, output)
+    products = (logits.double().sigmoid() * presence.double().sigmoid()).sort(descending=True).values
+    first, nothing, last = all_scores(predictor.finish(detection, 0.0))
+    # Two sigmoids and a product in float32: a few roundings of 1.2e-7 each.
+    assert first == pytest.approx(products[0].tolist(), rel=2e-6)
+    assert last == pytest.approx(products[1:].flatten().tolist(), rel=2e-6)
+    assert nothing == []
+    # sigmoid(0) is 1/2 exactly, so one product of the first answer is 1/4.
+    for threshold, kept in ((0.25, 1), ([0.25, 0.0, 0.0], 1), (0.2499, 2), ([0.2499, 1.0, 1.0], 2)):
+        assert len(predictor.finish(detection, threshold)[0].instances) == kept
+    output.presence_logits = None
+    alone = logits.double().sigmoid().sort(descending=True).values
+    assert all_scores(predictor.finish(detection, 0.0))[0] == pytest.approx(alone[0].tolist(), rel=2e-6)
 
 
 def test_the_rules_differ(checkpoint, images):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +12,13 @@ from PIL import Image
 
 import instructsam
 from instructsam import InstructSAM, Result
+from instructsam import predictor as predictor_module
 from instructsam.data.tiny_world import make_example
 from instructsam.inference import cache as cache_module
 from instructsam.inference import model as model_module
 from instructsam.inference.cache import ImageCache, picture_key
 from instructsam.inference.inputs import read_picture
+from instructsam.models.decoding import decode
 from instructsam.processing.chat import ChatTurn
 
 WORDS = ["red circles", "large blue squares"]
@@ -226,6 +229,33 @@ def test_an_answer_that_cannot_be_said_again_is_not_remembered(model, images, an
     session._remember("x", answer, phrases)
     assert len(session._turns) == 1
     session.segment("and the circles", phrases=["circles"])
+
+
+def test_an_answer_that_was_cut_off_is_not_remembered(model, images, monkeypatch):
+    """The same words without and with room for the end of turn."""
+    chat, asked, answer = model.predictor.processor.chat, [], model.answer
+    eos, appended = chat.token_ids["eos"], {chat.token_ids[name] for name in ("mask_start", "seg", "mask_end")}
+    words = [token for token in chat.answer(["stars"]) if token not in appended]
+
+    def choose(step, logits):
+        return torch.full((len(logits),), words[step] if step < len(words) else eos)
+
+    def listened(pictures, conversations, *options):
+        asked.append([turn.instruction for turn in conversations[0]])
+        return answer(pictures, conversations, *options)
+
+    monkeypatch.setattr(predictor_module, "decode", partial(decode, choose=choose))
+    monkeypatch.setattr(model, "answer", listened)
+    session = model.session(images[0], context=True)
+    for number, room in enumerate((0, 1, 0, 1)):
+        found = session.segment(f"question {number}", max_new_tokens=len(words) + room)
+        assert found.phrases == ("stars",) and found.finished == bool(room)
+    assert asked == [
+        ["question 0"],
+        ["question 1"],
+        ["question 1", "question 2"],
+        ["question 1", "question 3"],
+    ]
 
 
 def test_text_around_phrases_is_remembered(model, images):

@@ -26,6 +26,29 @@ instances = st.lists(
 def test_thresholds_are_exclusive():
     some = [square(0, 0.3), square(5, 0.31)]
     assert select(some, 0.3) == (some[1],)
+    assert select(some, np.nextafter(0.3, 0)) == tuple(some)
+
+
+@pytest.mark.parametrize(("common", "iou"), [(8, 1 / 2), (4, 1 / 4), (12, 3 / 4), (16, 1.0)])
+def test_an_overlap_that_equals_the_limit_is_allowed(common, iou):
+    """Only one above it is removed; float64 holds these IoUs exactly."""
+    part = np.arange(16).reshape(4, 4) < common
+    best = Instance(encode(np.ones((4, 4), bool)), 0.9, (0, 0, 4, 4), "x", 0)
+    worse = Instance(encode(part), 0.8, (0, 0, 4, 4), "x", 0)
+    for some in ((best, worse), (worse, best)):
+        assert select(some, nms_iou=iou) == some
+        assert select(some, nms_iou=np.nextafter(iou, 0)) == (best,)
+    if iou < 1:
+        assert select((best, worse), nms_iou=np.nextafter(iou, 1)) == (best, worse)
+
+
+def test_the_highest_scores_are_counted_after_suppression():
+    """Of equal scores the first; a suppressed one takes no place."""
+    row = [square(0, 0.9), square(0, 0.8), square(5, 0.7), square(10, 0.7)]
+    for top_k in range(1, 6):
+        assert select(row, top_k=top_k) == tuple(row[:top_k])
+    assert select(row, top_k=2, nms_iou=0.5) == (row[0], row[2])
+    assert select(row[::-1], top_k=3, threshold=0.7) == (row[1], row[0])
 
 
 def test_of_two_alike_the_better_one_stays():
