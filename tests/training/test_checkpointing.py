@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from instructsam.training import checkpointing
@@ -25,6 +25,7 @@ from instructsam.training.checkpointing import (
     frozen_checksum,
     load_weights,
     restore_rng,
+    stored_weights,
 )
 from instructsam.training.ema import EMA
 from instructsam.training.engines import Engine, start_engine
@@ -188,6 +189,17 @@ def test_a_run_without_averages_has_no_file_of_them(tmp_path):
     assert run.saver.load_rest(path, run.saver.load_model(path, Objective())) == {}
 
 
+def test_stored_weights_are_the_averages_where_there_are_some(tmp_path):
+    run = start(tmp_path)
+    run.train(3)
+    averaged, plain = stored_weights(run.save(3)), stored_weights(run.saver.save(4, PLACE))
+    averages, weights = run.ema.state_dict(), run.objective.state_dict()
+    for name in ("embed.weight", "side"):
+        assert not torch.equal(averages[name], weights[name])
+        assert torch.equal(averaged[name], averages[name]) and torch.equal(plain[name], weights[name])
+    assert averaged["seen"] == plain["seen"] == 3, "a buffer has no average"
+
+
 def test_before_the_first_step_there_is_no_optimizer_state_to_come_back(tmp_path):
     start(tmp_path).save(0)
     again = start(tmp_path)
@@ -296,6 +308,26 @@ def test_another_model_is_an_error_by_name_and_changes_nothing(tmp_path, change,
     with pytest.raises(ValueError, match=f"cannot load .*: {message}$"):
         load_weights(path, other)
     assert torch.equal(other.embed.weight, before)
+
+
+SHAPES = [((), (8,)), ((1,), (8,)), ((8,), (1,)), ((1,), ()), ((1, 4), (8, 4)), ((8, 1), (8, 4)), ((4,), (8, 4))]
+SHAPES += [((8, 4), (4, 8)), ((32,), (8, 4)), ((2, 8, 4), (8, 4)), ((1, 8), (8,))]
+
+
+@pytest.mark.parametrize(("stored", "here"), SHAPES, ids=str)
+@pytest.mark.parametrize("name", ["last", "buffer"])
+def test_nothing_is_broadcast_or_reshaped_into_place(tmp_path, stored, here, name):
+    """Neither a smaller tensor nor as many numbers in another shape; what is right beside them stays as it was, too."""
+    model = nn.ParameterDict({"first": nn.Parameter(torch.zeros(2)), "last": nn.Parameter(torch.zeros(here))})
+    model.register_buffer("buffer", torch.zeros(here))
+    right = {key: torch.ones_like(value) for key, value in model.state_dict().items()}
+    save_file({**right, name: torch.ones(stored)}, tmp_path / WEIGHTS_FILE)
+    with pytest.raises(ValueError, match=rf"\b{name} has shape"):
+        load_weights(tmp_path, model)
+    assert not any(value.any() for value in model.state_dict().values())
+    save_file(right, tmp_path / WEIGHTS_FILE)
+    load_weights(tmp_path, model)
+    assert all(value.all() for value in model.state_dict().values())
 
 
 def test_many_differences_are_counted(tmp_path):

@@ -134,6 +134,10 @@ def test_mistakes_are_told():
         ema.load_state_dict({"weight": state["weight"]})
     with pytest.raises(ValueError, match=r"weight: saved average of shape \(3,\), here it is \(2,\)"):
         ema.load_state_dict({**state, "weight": torch.zeros(3)})
+    for shape in ((), (1,), (1, 2), (2, 1)):
+        with pytest.raises(ValueError, match="weight: "):
+            ema.load_state_dict({**state, "weight": torch.zeros(shape)})
+    assert values(ema.state_dict()["weight"]) == [1.0, 1.0], "nothing was taken over"
 
 
 def test_zero_3_is_refused():

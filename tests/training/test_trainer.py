@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
 import multiprocessing
 import os
+import random
 import signal
 import time
+from types import SimpleNamespace
 
 import multiprocess_toy as toy
+import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
@@ -81,6 +85,38 @@ def test_evaluation_every_few_steps_and_at_the_end(tmp_path):
     lines = [json.loads(line) for line in (tmp_path / "evaluations.jsonl").read_text().splitlines()]
     assert lines == [{"step": 5, "metrics": {"score": 0.5}}, {"step": 8, "metrics": {"score": 0.8}}]
     assert result["metrics"] == {"score": 0.8}
+
+
+def test_every_step_is_taken_in_training_mode(tmp_path):
+    """Whatever the objective was in before, and whatever an evaluation leaves it in."""
+
+    def evaluate(_, objective):
+        objective.eval()
+        return {"score": 1.0}
+
+    trainer = toy.toy_trainer(tmp_path, max_steps=4, eval_every=2, evaluate=evaluate)
+    trainer.objective.eval()
+    modes = []
+    trainer.objective.dropout.register_forward_pre_hook(lambda dropout, _: modes.append(dropout.training))
+    trainer.run()
+    assert modes == [True] * 4
+
+
+def test_randomness_of_a_step_comes_from_seed_step_and_rank_alone(tmp_path):
+    """Every change of one of the three changes all that is drawn; the same three give the same again."""
+
+    def drawn(seed: int, step: int, rank: int) -> tuple[float, ...]:
+        trainer = toy.toy_trainer(tmp_path, seed=seed)
+        trainer.progress = SimpleNamespace(finished_steps=step)
+        trainer.accelerator = SimpleNamespace(process_index=rank)
+        trainer.seed_step()
+        return torch.rand((), dtype=torch.float64).item(), np.random.rand(), random.random()
+
+    cases = list(itertools.product((5, 6), (0, 1, 2), (0, 1, 2)))
+    first = [drawn(*case) for case in cases]
+    for kind in zip(*first, strict=True):
+        assert len(set(kind)) == len(cases)
+    assert [drawn(*case) for case in cases] == first
 
 
 def test_tensorboard_writes_events(tmp_path):
@@ -200,6 +236,26 @@ def test_the_best_checkpoint_is_kept_beside_the_newest(tmp_path):
     assert [path.name for path in list_checkpoints(tmp_path / "low")] == ["step_000002", "step_000008"]
     toy.toy_trainer(tmp_path / "none", **settings).run()
     assert [path.name for path in list_checkpoints(tmp_path / "none")] == ["step_000008"]
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.9])
+def test_the_best_weights_are_those_that_were_evaluated(tmp_path, decay):
+    """The averages where there are some, the weights themselves otherwise."""
+    seen = {}
+
+    def evaluate(step, objective):
+        seen[step] = {name: value.clone() for name, value in objective.state_dict().items()}
+        return {"score": float(step == 2)}
+
+    settings = {"max_steps": 4, "ema_decay": decay, "eval_every": 2, "best_metric": "score", "evaluate": evaluate}
+    trainer = toy.toy_trainer(tmp_path, **settings)
+    trainer.run()
+    last = trainer.state_dict()
+    torch.testing.assert_close(last, seen[4], atol=0, rtol=0)
+    torch.testing.assert_close(trainer.best_state_dict(last), seen[2], atol=0, rtol=0)
+    assert not any(torch.equal(seen[2][name], value) for name, value in last.items())
+    stored = weights_of(tmp_path, 2)
+    assert all(torch.equal(seen[2][name], stored[name]) == (decay == 0) for name in last)
 
 
 def test_a_kill_in_the_evaluation_of_the_best_checkpoint_does_not_lose_it(tmp_path):

@@ -19,8 +19,10 @@ from toy_runs import (
 )
 
 from instructsam.data.samplers import DistributedBatchSampler
+from instructsam.training import trainer as trainer_module
 from instructsam.training.checkpoint_files import FOLDER
-from instructsam.training.checkpointing import EMA_FILE, OPTIMIZER_FILE
+from instructsam.training.checkpointing import EMA_FILE, OPTIMIZER_FILE, WEIGHTS_FILE
+from instructsam.training.engines import Engine, start_engine
 
 # ---------------------------------------------------------------------- steps that are left out
 
@@ -77,6 +79,45 @@ def test_a_step_that_is_not_finite_is_left_out(tmp_path, what):
     assert [record["step"] for record in records] == list(range(1, 9))
     assert {r["step"] for r in records if r["loss"] is None} == (set(bad) if what == "loss" else set())
     assert {r["step"] for r in records if r["grad_norm"] is None} == set(bad)
+
+
+class ScalingEngine(Engine):
+    """What accelerate makes of fp16, which needs a GPU, but with float32 in place of autocast."""
+
+    def prepare(self, *given, **more) -> None:
+        self.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
+        super().prepare(*given, **more)
+
+    def clip(self):
+        self.accelerator.scaler.unscale_(self.optimizer.optimizer)
+        return super().clip()
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient norm"])
+def test_steps_that_the_scaler_leaves_out_are_not_averaged(tmp_path, monkeypatch, what):
+    """Weights and averages are those of a run without scaler that leaves the same steps out: scales are powers of 2."""
+    settings = {"dataset": toy.ToyDataset(bad_index=7 if what == "loss" else None), "nonfinite": "skip"}
+
+    def run(folder: str, **more):
+        trainer = toy.toy_trainer(tmp_path / folder, ema_decay=0.9, **settings, **more)
+        if what == "gradient norm":
+            trainer.objective = SteepRoot()
+        trainer.run()
+        return trainer
+
+    run("plain")
+
+    def start(precision: str, *rest) -> Engine:
+        return ScalingEngine(start_engine("no", *rest).accelerator, precision)
+
+    monkeypatch.setattr(trainer_module, "start_engine", start)
+    scaler = run("scaled", precision="fp16").accelerator.scaler
+    files = [f"{FOLDER}/step_000008/{name}" for name in (WEIGHTS_FILE, OPTIMIZER_FILE, EMA_FILE)]
+    assert load_file(tmp_path / "scaled" / files[2])["num_updates"].item() == 8 - len(steps_with(7))
+    assert_same_files(tmp_path / "scaled", tmp_path / "plain", *files)
+    assert scaler.get_scale() == 2.0 ** (16 - len(steps_with(7))), "halved with every step left out"
+    assert (tmp_path / "plain" / "events.jsonl").exists()
+    assert (tmp_path / "scaled" / "events.jsonl").exists() == (what == "loss"), "a scale that is too large is no event"
 
 
 def test_a_step_left_out_is_as_if_its_gradient_had_not_been(tmp_path):
