@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import struct
 import zlib
 
@@ -12,6 +13,7 @@ from PIL import Image, features
 
 from instructsam.errors import DataError
 from instructsam.serving.limits import FORMATS, Limits, TooLarge
+from instructsam.structures import DEFAULT_THRESHOLD
 
 
 def written(format: str, **options) -> bytes:
@@ -105,7 +107,38 @@ def test_limits_that_cannot_be(settings, message):
         Limits(**settings)
 
 
+def test_pictures_of_exactly_the_limits():
+    content = written("PNG")
+    for limits in (Limits(upload_bytes=len(content)), Limits(pixels=48 * 32, waiting_pixels=48 * 32)):
+        assert limits.picture(content).size == (48, 32)
+    for limits in (Limits(upload_bytes=len(content) - 1), Limits(pixels=48 * 32 - 1)):
+        with pytest.raises(TooLarge):
+            limits.picture(content)
+
+
+def test_texts_of_exactly_the_limits():
+    """Counted without the blanks around them; each text for itself."""
+    texts = Limits(text=5, phrases=2).texts
+    assert texts("abcde", []) == texts(" abcde\n", []) == ("abcde", None)
+    assert texts("abcde", ["fghij", " klmno "]) == ("abcde", ("fghij", "klmno"))
+    assert texts(None, ["fghij"]) == ("fghij", ("fghij",))
+    for instruction, phrases in [
+        ("abcdef", []),
+        ("abcdef", ["a"]),
+        (None, ["abcdef"]),
+        ("a", ["a", "abcdef"]),
+        ("a", ["a", "b", "c"]),
+        (None, ["a", "a", "a"]),
+    ]:
+        with pytest.raises(ValueError):
+            texts(instruction, phrases)
+
+
 def test_the_least_threshold():
     Limits(least_threshold=0.1).check_threshold(0.1)
     with pytest.raises(ValueError, match=r"threshold=0.09: must be at least 0.1 here"):
         Limits(least_threshold=0.1).check_threshold(0.09)
+    with pytest.raises(ValueError):
+        Limits(least_threshold=0.1).check_threshold(math.nextafter(0.1, 0))
+    Limits(least_threshold=DEFAULT_THRESHOLD).check_threshold(DEFAULT_THRESHOLD)
+    Limits(least_threshold=0).check_threshold(0.0)

@@ -148,6 +148,32 @@ def test_bodies_without_a_length_are_counted(model):
     assert "more than 265,536 bytes" in answer.json()["error"]
 
 
+@pytest.mark.parametrize("announced", [True, False])
+def test_requests_of_exactly_the_limit_are_read(model, announced):
+    """They are refused for another reason, as they lack a picture; of one announced as longer nothing is read."""
+    most, read = LIMITS.upload_bytes + serving_app.FORM_OVERHEAD, []
+    start, end = b'--x\r\nContent-Disposition: form-data; name="instruction"\r\n\r\n', b"\r\n--x--\r\n"
+
+    async def pieces(length: int):
+        body = start + b"a" * (length - len(start) - len(end)) + end
+        for begin in range(0, length, 50_000):
+            read.append(length)
+            yield body[begin : begin + 50_000]
+
+    async def ask(client):
+        answers = []
+        for length in (most, most + 1):
+            headers = {"content-type": "multipart/form-data; boundary=x"}
+            headers |= {"content-length": str(length)} if announced else {}
+            answers.append(await client.post(URL, content=pieces(length), headers=headers))
+        return answers
+
+    within, beyond = talk(build_app(model, limits=LIMITS), ask)
+    assert within.status_code == 422 and "image" in within.json()["error"]
+    assert beyond.status_code == 413
+    assert most in read and (most + 1 in read) == (not announced)
+
+
 def test_the_least_threshold(post, pictures):
     for threshold, status in (("0.19", 422), ("0.2", 200), ("", 200)):
         answer = post(pictures[0], {"phrase": "stars", "threshold": threshold}, limits=Limits(least_threshold=0.2))
@@ -175,6 +201,23 @@ def test_a_token(post, pictures, header, status):
     answer = post(pictures[0], {"phrase": "a"}, headers, token=" secret\n")
     assert answer.status_code == status
     assert status == 200 or answer.headers["WWW-Authenticate"] == "Bearer"
+
+
+def test_only_the_whole_token_is_let_in(model):
+    """Who is let in hears that no form was sent."""
+    token = "Secret.Token"
+    parts = [token[:length] for length in range(len(token))] + [token[1:], token[-1]]
+    longer = [token + "x", token + token, "x" + token, f"{token} {token}", f"{token},"]
+    wrong = [f"Bearer {given}" for given in [*parts, *longer, token.lower(), token.upper(), token.swapcase(), "*"]]
+    wrong += ["", "Bearer", token, *(f"{scheme} {token}" for scheme in ("Basic", "Digest", "Token", "Bear", "BearerX"))]
+
+    async def ask(client):
+        sent = [{"Authorization": header} for header in [*wrong, f"Bearer {token}"]]
+        return [(await client.post(URL, headers=headers)).status_code for headers in [{}, *sent]]
+
+    *refused, let_in = talk(build_app(model, limits=LIMITS, token=token), ask)
+    assert dict(zip([None, *wrong], refused, strict=True)) == dict.fromkeys([None, *wrong], 401)
+    assert let_in == 422
 
 
 @pytest.mark.parametrize(("token", "message"), [(" ", "is empty"), ("sécret", "ASCII"), ("a\nb", "printable")])
