@@ -55,6 +55,8 @@ def sample_of(*texts: str, form: str = "phrase", **changes) -> Sample:
         ("cup next to the plate", "cup next to the plate"),
         ("second shelf from the top", "second shelf from the top"),
         ("counting from the left, which star is the third?", "counting from the right, which star is the third?"),
+        ("second zebra from left and third cup from right", "second zebra from right and third cup from left"),
+        ("first leftmost cup, third one from the right", "first rightmost cup, third one from the left"),
     ],
 )
 def test_sides_that_are_clear_change_places(text, flipped):
@@ -75,6 +77,10 @@ def test_sides_that_are_clear_change_places(text, flipped):
         "second cup in front of the plate",
         "second dog on the left",
         "third book from left on the second shelf",
+        "the second zebra and the third horse from the left",
+        "third book from the top of the second shelf",
+        "first, second and third cup from the left or from the right",
+        "third rightmost cup, second zebra",
         "the 21st sheep",
         "the dog right behind him",
         "right next to the car",
@@ -116,6 +122,20 @@ def test_no_flip_where_words_would_be_false_or_doubtful(text):
     assert not may_be_flipped(sample_of("a man", text))
     turn = Turn("find it", (PhraseTarget("a man"),), answer=(text, ""))
     assert not may_be_flipped(sample_of(turns=(turn,)))
+
+
+@pytest.mark.parametrize(
+    "instruction, phrase, answer",
+    [
+        ("the second zebra", "zebra", ("Counted from the left: ", ".")),
+        ("count them from the left", "second zebra", ("", ".")),
+        ("count them from the left", "zebra", ("", " is the second.")),
+    ],
+)
+def test_what_one_text_says_makes_no_other_clear(instruction, phrase, answer):
+    """Where an order begins must stand in the same text as the place."""
+    turn = Turn(instruction, (PhraseTarget(phrase),), answer=answer)
+    assert sides_are_clear(" ".join(turn.texts)) and not may_be_flipped(sample_of(turns=(turn,)))
 
 
 def test_no_flip_of_what_is_read_or_answered_in_plain_words():

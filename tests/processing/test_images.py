@@ -61,6 +61,19 @@ class TestLoadImage:
         image = load_image(Image.fromarray(np.array([[0, 257 * 100, 65535]], dtype=np.uint16)))
         assert np.asarray(image)[0, :, 0].tolist() == [0, 100, 255]
 
+    @pytest.mark.parametrize("dtype", ["<u2", ">u2", "<i4"])
+    def test_sixteen_bit_grey_of_every_value(self, dtype: str):
+        """Each of the 256 levels stands for 257 values, from its own multiple of 257 on; the last one is 65535."""
+        values = np.arange(65536)
+        shown = np.asarray(load_image(Image.fromarray(values.reshape(256, 256).astype(dtype)))).reshape(-1, 3)
+        expected = np.repeat(np.arange(256), 257)[:65536]
+        assert [expected[k] for k in (0, 256, 257, 65534, 65535)] == [0, 0, 1, 254, 255]
+        np.testing.assert_array_equal(shown, expected[:, None].repeat(3, axis=1))
+
+    def test_grey_beyond_sixteen_bit_is_clipped(self):
+        image = load_image(Image.fromarray(np.array([[-1, -(2**31), 65536, 2**31 - 1]], dtype=np.int32)))
+        assert np.asarray(image)[0, :, 0].tolist() == [0, 0, 255, 255]
+
     def test_transparent_pixels_become_white(self, tmp_path: Path):
         rgba = Image.new("RGBA", (2, 1), (255, 0, 0, 255))
         rgba.putpixel((1, 0), (0, 0, 255, 0))

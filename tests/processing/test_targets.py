@@ -12,13 +12,35 @@ from hypothesis import strategies as st
 from instructsam.losses.criterion import CriterionConfig, SetCriterion, count_targets
 from instructsam.masks import encode
 from instructsam.models.detector import DetectorOutput
-from instructsam.processing.targets import collate_targets, covered_share, phrase_targets
+from instructsam.processing.targets import collate_targets, covered_share, phrase_targets, resize_nearest
 from instructsam.structures import PhraseTarget
 
 
 def disc(size: int, x: float, y: float, radius: float) -> np.ndarray:
     rows, columns = np.mgrid[0:size, 0:size] + 0.5
     return (columns - x) ** 2 + (rows - y) ** 2 < radius**2
+
+
+FROM, TO = (1, 2, 14, 26, 39, 50, 62, 112, 200), (1, 7, 22, 24, 33, 41, 46, 96)
+
+
+@pytest.mark.parametrize("mode", ["nearest", "nearest-exact"])
+def test_nearest_takes_the_pixels_that_torch_takes(mode):
+    """Also where the float32 product of torch falls short of a whole number, or is rounded up to it."""
+    pairs = [(length, size) for length in FROM for size in TO]
+    number, half = (2, 1) if mode == "nearest-exact" else (1, 0)
+    rounded = set()
+    for (height, rows), (width, columns) in zip(pairs, pairs[::-1], strict=True):
+        places = np.arange(height * width).reshape(height, width, 1)
+        found = resize_nearest(places, (rows, columns), mode)[..., 0]
+        floats = torch.arange(height * width, dtype=torch.float32).reshape(1, 1, height, width)
+        expected = F.interpolate(floats, size=(rows, columns), mode=mode)[0, 0].long().numpy()
+        np.testing.assert_array_equal(found, expected)
+        exact_rows = (number * np.arange(rows) + half) * height // (number * rows)
+        exact_columns = (number * np.arange(columns) + half) * width // (number * columns)
+        rounded |= {"rows"} if (expected[:, 0] // width != exact_rows).any() else set()
+        rounded |= {"columns"} if (expected[0] % width != exact_columns).any() else set()
+    assert rounded == {"rows", "columns"}, "exact arithmetic must be told apart, along both sides"
 
 
 @given(st.integers(1, 40), st.integers(1, 40), st.integers(1, 9), st.integers(1, 9), st.integers(0, 2**32 - 1))
