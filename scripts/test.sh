@@ -2,15 +2,20 @@
 # Everything a change must pass: style, types and the tests, in a virtual environment of its own (.venv-test).
 #
 #   scripts/test.sh                    all of it
-#   scripts/test.sh -m "not slow"      further arguments go to pytest
+#   scripts/test.sh --fast             without the tests that take long or start processes: under 3 minutes
+#   scripts/test.sh -k matching        further arguments go to pytest
 #   PYTHON=python3.12 scripts/test.sh  another interpreter
-#   JOBS=8 scripts/test.sh             so many tests at once (default: one a core); those that start several processes
-#                                      themselves run one after the other, before
+#   JOBS=8 scripts/test.sh             so many tests at once (default: one a core)
 #
 # The environment is built anew when pyproject.toml, constraints.txt or the interpreter changes, and reused otherwise.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
+selected=()
+if [ "${1:-}" = --fast ]; then
+    shift
+    selected=(-m "not slow and not multiprocess")
+fi
 interpreter="${PYTHON:-python3}"
 environment=.venv-test
 stamp="$environment/installed-for"
@@ -45,18 +50,17 @@ else
     echo "$wanted" >"$stamp"
 fi
 "$python" --version
+jobs="${JOBS:-$("$python" -c 'import os; print(os.cpu_count())')}"
+
+checks="$(mktemp)"
+PYTHON="$python" scripts/check.sh >"$checks" 2>&1 & # beside the tests: types take a minute of one core
+checking=$!
+trap 'kill "$checking" 2>/dev/null; rm -f "$checks"' EXIT
 
 failed=0
-PYTHON="$python" scripts/check.sh || failed=1
-run_tests() { # NAME OPTION...; 5 is pytest's "no test selected", which further arguments may lead to in one of the two
-    echo "== pytest: $1"
-    shift
-    local code=0
-    "$python" -m pytest "$@" || code=$?
-    [ "$code" = 0 ] || [ "$code" = 5 ] || failed=1
-}
-jobs="${JOBS:-$("$python" -c 'import os; print(os.cpu_count())')}"
-run_tests "tests that start several processes" --processes several "$@"
-run_tests "all others, $jobs at once" --processes one --numprocesses "$jobs" --dist loadfile "$@"
+echo "== pytest, $jobs at once"
+"$python" -m pytest --numprocesses "$jobs" --dist loadfile --no-loadscope-reorder ${selected[@]+"${selected[@]}"} "$@" || failed=1
+wait "$checking" || failed=1
+cat "$checks"
 if [ "$failed" = 0 ]; then echo "== all passed"; else echo "== FAILED, see above"; fi
 exit "$failed"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
 
 import pytest
 
@@ -17,33 +18,40 @@ def fresh_accelerator():
         AcceleratorState._reset_state(True)
 
 
+_started: list[str] = []
+
+
+def _note_process(event: str, arguments: tuple) -> None:
+    if event in ("subprocess.Popen", "os.fork", "forked.start") and not str(arguments[:1]).endswith("git',)"):
+        _started.append(f"{event} {arguments[:2]}")
+
+
+sys.addaudithook(_note_process)
+
+
+@pytest.fixture(autouse=True)
+def marked_if_it_starts_processes(request):
+    """What `scripts/test.sh --fast` leaves out is found by its marks; git, which says the revision, is no matter."""
+    _started.clear()
+    yield
+    if _started and not {"slow", "multiprocess"} & set(request.keywords):
+        pytest.fail(f"mark it multiprocess: it started {_started[0]}")
+
+
 from browser_fixtures import chromium  # noqa: E402, F401
+from double_precision import in_float64  # noqa: E402, F401
 from golden_fixtures import golden  # noqa: E402, F401
 from hub_fixtures import qwen3_vl_dir, sam3_dir, sharded_qwen3_vl_dir, sharded_sam3_dir  # noqa: E402, F401
 from pretended_hub import uploads  # noqa: E402, F401
 from tiny_fixtures import checkpoint, world  # noqa: E402, F401  (fixtures)
 
 
-def pytest_addoption(parser):
-    parser.addoption(
-        "--processes",
-        choices=("any", "one", "several"),
-        default="any",
-        help="select tests by whether they start several processes (the mark multiprocess); as -m, but beside it",
-    )
-
-
-def pytest_collection_modifyitems(config, items):
-    """Tests that need a GPU are skipped where there is none; ``--processes`` selects."""
+def pytest_collection_modifyitems(items):
+    """Long files first, so that the last one to end does not start last; no GPU tests where there is no GPU."""
     import torch
 
-    wanted = config.getoption("--processes")
-    if wanted != "any":
-        sorted_out: dict[bool, list[pytest.Item]] = {True: [], False: []}
-        for item in items:
-            sorted_out[("multiprocess" in item.keywords) == (wanted == "several")].append(item)
-        items[:] = sorted_out[True]
-        config.hook.pytest_deselected(items=sorted_out[False])
+    slow = Counter(item.path for item in items if "slow" in item.keywords)
+    items.sort(key=lambda item: -slow[item.path])  # stable: within a file, and among equals, as collected
 
     if torch.cuda.is_available():
         return

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import re
 import shlex
-import subprocess
-import sys
 from dataclasses import fields
 from pathlib import Path
 
+import forked
 import pytest
 from tiny_fixtures import CONFIGS, settings_of
 
@@ -105,8 +104,7 @@ def test_experiments_state_their_commands(path: Path):
 
 
 def test_settings_that_only_the_user_can_give_are_asked_for():
-    command = [sys.executable, "-m", "instructsam.train", "data=coco_instructions"]
-    done = subprocess.run(command, cwd=CONFIGS.parent, capture_output=True, text=True, timeout=120)
+    done = forked.run(["-m", "instructsam.train", "data=coco_instructions"])
     assert done.returncode == 1 and done.stderr.strip() == "error: not given: data.root=..."
 
 

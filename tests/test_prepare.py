@@ -7,10 +7,10 @@ import multiprocessing
 import os
 import signal
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 from benchmark_fixtures import save_json, write_benchmark
 
@@ -63,9 +63,7 @@ def make(count: int) -> list[Sample]:
 
 
 def command(*overrides: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "instructsam.prepare", *overrides], capture_output=True, text=True, timeout=60
-    )
+    return forked.run(["-m", "instructsam.prepare", *overrides])
 
 
 def test_the_command_prepares_and_leaves_alone(world, tmp_path):

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 
@@ -22,17 +20,13 @@ SMALL = ["trainer.epochs=null", "trainer.max_steps=3", "trainer.num_workers=0", 
 
 
 def run(*command: str) -> str:
-    result = subprocess.run(
-        [sys.executable, "-m", *command], cwd=REPOSITORY, capture_output=True, text=True, check=False
-    )
+    result = forked.run(["-m", *command])
     assert result.returncode == 0, f"{' '.join(command)}\n{result.stdout}\n{result.stderr}"
     return result.stdout
 
 
 def fails(*command: str) -> str:
-    result = subprocess.run(
-        [sys.executable, "-m", *command], cwd=REPOSITORY, capture_output=True, text=True, check=False
-    )
+    result = forked.run(["-m", *command])
     assert result.returncode != 0
     return result.stderr
 
@@ -115,14 +109,11 @@ def test_the_whole_chain(world, sharded_qwen3_vl_dir, sam3_dir, tmp_path):
 def test_two_processes_train_the_real_structure(world, qwen3_vl_dir, sam3_dir, tmp_path):
     """DDP waits for every trainable tensor: in step 2 at the latest, a tensor without gradient ends the run."""
     command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m",
-        "instructsam.train", "experiment=stage1", f"model.vlm_path={qwen3_vl_dir}", f"model.detector_path={sam3_dir}",
+        "-m", "instructsam.train", "experiment=stage1", f"model.vlm_path={qwen3_vl_dir}",
+        f"model.detector_path={sam3_dir}",
         "data=tiny_world", f"data.root={world}", f"output_dir={tmp_path / 'two'}", *SMALL,
     ]  # fmt: skip
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(
-        command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False, timeout=300
-    )
+    result = forked.run(command, processes=2, ACCELERATE_USE_CPU="true")
     assert result.returncode == 0, result.stdout + result.stderr
     assert result.stdout.count("Qwen3-VL + SAM 3 layout") == 1  # said once, not by every process
     assert [record["step"] for record in losses(tmp_path / "two")] == [1, 2, 3]

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import evaluation_toy as toy
+import forked
 import pytest
 
 from instructsam.data.coco_instructions import read_coco_instructions
@@ -43,14 +42,8 @@ def close(one: list[dict], other: list[dict]) -> None:
         assert a["gt_rles"] == b["gt_rles"]
 
 
-def launch(processes: int, *arguments: object, **options) -> subprocess.CompletedProcess:
-    launcher = [sys.executable]
-    if processes > 1:
-        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
-    return subprocess.run(
-        [*launcher, str(TOY), *map(str, arguments)], env=environment, capture_output=True, text=True, timeout=300
-    )
+def launch(processes: int, *arguments: object) -> subprocess.CompletedProcess:
+    return forked.run([TOY, *arguments], processes)
 
 
 # ---- batches and stages -----------------------------------------------------------------------------------------

@@ -5,15 +5,13 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
+import forked
 import pytest
 from PIL import Image
 from pycocotools.coco import COCO
-from terminal import usual_signals
 
 from instructsam.inference.model import InstructSAM
 from instructsam.segmenting.store import ResultStore
@@ -212,25 +210,18 @@ def test_an_interrupted_command_goes_on(lines, world, checkpoint, tmp_path):
     pictures = sorted((world / "train/images").glob("*.png")) + sorted((world / "val/images").glob("*.png"))
     words = ["-i", *" -i ".join(f"shape {k}" for k in range(20)).split(" -i ")]
     arguments = [item for pair in zip(["-i"] * 20, words[1:], strict=True) for item in pair]
-    line = [sys.executable, "-m", "instructsam.segment", *map(str, pictures), *arguments, "--batch-size", "2"]
+    line = ["-m", "instructsam.segment", *pictures, *arguments, "--batch-size", "2"]
     line += ["--checkpoint", str(checkpoint), "--device", "cpu", "--output", str(tmp_path / "out"), "--write", "coco"]
-    process = subprocess.Popen(
-        line,
-        cwd=REPOSITORY,
-        stderr=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        text=True,
-        preexec_fn=usual_signals,
-    )
+    process = forked.start(line)
     results = tmp_path / "out/results.jsonl"
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and (not results.exists() or results.read_bytes().count(b"\n") < 5):
         time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=60)
-    assert process.returncode == 130 and "interrupted; the same command goes on" in said, said[-2000:]
+    os.kill(process.ranks[0].pid, signal.SIGINT)
+    ended = process.finish(60)
+    assert ended.returncode == 130 and "interrupted; the same command goes on" in ended.stderr, ended.stderr[-2000:]
     before = results.read_bytes().count(b"\n")
     assert 5 <= before < 360
-    done = subprocess.run(line, cwd=REPOSITORY, capture_output=True, text=True, check=True, timeout=300)
+    done = forked.run(line)
     assert f"{before} of 360 jobs are done already" in done.stderr
     assert len({entry["id"] for entry in lines(tmp_path / "out")}) == 360 == len(lines(tmp_path / "out"))

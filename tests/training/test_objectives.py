@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 
@@ -18,7 +16,6 @@ from instructsam.predictor import Predictor
 from instructsam.structures import PhraseTarget, Sample, Turn
 from instructsam.training.objectives import InstructionObjective
 
-REPOSITORY = Path(__file__).parents[2]
 FULL = CriterionConfig(aux=1.0, box_l1=5.0, box_giou=2.0)
 TALK = Sample("talk", None, 0, 0, (Turn("the red one", answer=("all of them are blue",)),))
 
@@ -150,12 +147,9 @@ def command(world: Path, output: Path, *more: str) -> list[str]:
 @pytest.mark.multiprocess
 def test_two_processes_equal_one(world, tmp_path):
     """2 ranks × batch 2 give the losses of 1 rank × batch 4."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    one = [sys.executable, "-m", *command(world, tmp_path / "one", "trainer.per_device_batch_size=4")]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29611", "-m"]
-    two = [*launcher, *command(world, tmp_path / "two", "trainer.per_device_batch_size=2")]
-    for line in (one, two):
-        done = subprocess.run(line, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=400)
+    for name, processes in (("one", 1), ("two", 2)):
+        line = command(world, tmp_path / name, f"trainer.per_device_batch_size={4 // processes}")
+        done = forked.run(["-m", *line], processes, ACCELERATE_USE_CPU="true")
         assert done.returncode == 0, done.stdout + done.stderr
     rows = [
         [json.loads(line) for line in (tmp_path / name / "losses.jsonl").read_text().splitlines()]
@@ -175,13 +169,11 @@ IMAGELESS = Path(__file__).with_name("multiprocess_imageless.py")
 @pytest.mark.parametrize("what", ["talk", "skipped"])
 def test_a_rank_without_a_picture_does_not_hang(checkpoint, world, tmp_path, what):
     """Each step, one of two ranks has a picture and the other has none; the losses are those of one process."""
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     rows = []
-    for batch_size, start in ((2, []), (1, launcher)):
+    for batch_size, processes in ((2, 1), (1, 2)):
         output = tmp_path / str(batch_size)
-        line = [sys.executable, *start, *map(str, (IMAGELESS, checkpoint, world, output, what, batch_size))]
-        done = subprocess.run(line, env=environment, capture_output=True, text=True, timeout=200)
+        line = (IMAGELESS, checkpoint, world, output, what, batch_size)
+        done = forked.run(line, processes, ACCELERATE_USE_CPU="true")
         assert done.returncode == 0, done.stdout + done.stderr
         rows.append([json.loads(line) for line in (output / "losses.jsonl").read_text().splitlines()])
     assert len(rows[0]) == 3 and rows[0][2]["loss"] < rows[0][0]["loss"]

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
+import forked
 import pytest
 from tiny_fixtures import settings_of
 
@@ -48,12 +46,9 @@ def test_it_is_evaluated_on_what_it_trains_on():
 @pytest.mark.slow
 def test_the_command_learns_its_scenes(world, tmp_path):
     """In 160 of the 400 steps: the loss falls to a 20th, the words are right, and masks are found."""
-    command = ["instructsam.train", "debug=overfit", f"data.root={world}", f"output_dir={tmp_path}/run"]
+    command = ["-m", "instructsam.train", "debug=overfit", f"data.root={world}", f"output_dir={tmp_path}/run"]
     command += ["trainer.max_steps=160", "trainer.eval_every=160", "trainer.progress_bar=false"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-m", *command], cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=900
-    )
+    done = forked.run(command, seconds=900)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "overfit: the loss went from" in done.stdout
     records = [json.loads(line) for line in (tmp_path / "run" / "losses.jsonl").read_text().splitlines()]

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 
+import forked
 import multiprocess_toy as toy
 import pytest
 import torch
@@ -30,14 +29,7 @@ def on_cpu(monkeypatch):
 
 
 def run_script(*arguments, processes: int = 1, seconds: float = 300, **variables: str) -> subprocess.CompletedProcess:
-    launcher = [sys.executable]
-    if processes > 1:
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    path = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
-    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", **variables}
-    return subprocess.run(
-        [*launcher, str(TOY), *map(str, arguments)], env=environment, capture_output=True, text=True, timeout=seconds
-    )
+    return forked.run([TOY, *arguments], processes, seconds=seconds, **{"ACCELERATE_USE_CPU": "true", **variables})
 
 
 def lines_of(path: Path) -> list[dict]:
