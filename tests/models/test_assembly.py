@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from double_precision import CLOSE, difference, float64
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -58,15 +59,17 @@ def test_the_parts_compute_what_they_did(qwen3_vl_dir, sam3_dir):
     model, _ = build_model(settings(qwen3_vl_dir, sam3_dir, dtype="float32"))
     vlm = Qwen3VLForConditionalGeneration.from_pretrained(qwen3_vl_dir, dtype=torch.float32).eval()
     sam3 = Sam3VideoModel.from_pretrained(sam3_dir, dtype=torch.float32).eval().detector_model
+    for one in (model, vlm, sam3):
+        one.double()
     ids = torch.arange(10, 30)[None]
     mask = torch.ones_like(ids, dtype=torch.bool)
-    pixels = torch.randn(1, 3, 96, 96, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
+    with torch.no_grad(), float64():
+        pixels = torch.randn(1, 3, 96, 96, generator=torch.Generator().manual_seed(0))
         hidden = model.run_language_model(ids, mask, None, None).hidden_BLC
-        torch.testing.assert_close(model.lm_logits(hidden), vlm(input_ids=ids).logits, rtol=1e-4, atol=1e-4)
+        assert difference(model.lm_logits(hidden), vlm(input_ids=ids).logits) < CLOSE
         ours, theirs = model.detector.encode_image(pixels), sam3.vision_encoder(pixels)
     for left, right in zip(ours.maps, theirs.fpn_hidden_states, strict=False):
-        torch.testing.assert_close(left, right, rtol=1e-4, atol=1e-5)
+        assert difference(left, right) < CLOSE
 
 
 def test_special_tokens_get_their_rows_without_resizing(qwen3_vl_dir, sam3_dir):

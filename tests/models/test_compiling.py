@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 
 import pytest
 import torch
+from double_precision import difference, doubled
 from tiny_fixtures import settings_of
 
 from instructsam.models.compiling import compile_frozen_vision
@@ -38,15 +40,20 @@ def test_what_trains_is_not_compiled(world):
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+@pytest.mark.skipif(os.environ.get("ATEN_CPU_CAPABILITY") == "default", reason="torch.compile fails under it")
 def test_a_training_step_is_the_same(world, tmp_path):
-    """Maps, loss terms and gradients, with gradient checkpointing and LoRA; then the file that is saved."""
+    """Maps, loss terms and gradients, with gradient checkpointing and LoRA; then the file that is saved.
+
+    In float64, but losses and norms cast to float32 on the way, and the compiler rounds constants to it: neither can be
+    told otherwise here, and one rounding is 1e-7.
+    """
     from torch._dynamo.utils import counters
 
     more = ("data.turns_per_image=2", "model.gradient_checkpointing=true", "model.lora={r: 4, alpha: 8, dropout: 0.0}")
     task = build_task(settings_of("train", f"data.root={world}", *more))
     select_parameters(task.objective, OptimConfig(freeze=[ENCODER]))
-    task.model.train()
-    batch = task.collate([task.dataset[(0, index)] for index in range(2)])
+    task.objective.double().train()
+    batch = doubled(task.collate([task.dataset[(0, index)] for index in range(2)]))
     counts = {name: torch.tensor(value) for name, value in task.objective.count_units(batch).items()}
 
     def step() -> tuple[list[torch.Tensor], dict[str, torch.Tensor], dict[str, torch.Tensor]]:
@@ -63,13 +70,13 @@ def test_a_training_step_is_the_same(world, tmp_path):
     maps, terms, gradients = step()
     assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]  # one for all three layers
     for found, expected in zip(maps, eager_maps, strict=True):
-        assert found.grad_fn is None and torch.allclose(found, expected, atol=1e-5)
-        assert not torch.equal(found, torch.zeros_like(found))
+        assert found.grad_fn is None and difference(found, expected) < 1e-6
+        assert found.any()
     assert terms.keys() == eager_terms.keys() and gradients.keys() == eager_gradients.keys()
     for name, value in eager_terms.items():
-        assert float(terms[name]) == pytest.approx(float(value), rel=1e-4, abs=1e-6), name
+        assert float(terms[name]) == pytest.approx(float(value), rel=1e-5), name
     for name, expected in eager_gradients.items():
-        assert float((gradients[name] - expected).abs().max() / expected.abs().max().clamp(min=1e-4)) < 1e-3, name
+        assert difference(gradients[name], expected) < 1e-5, name
     assert not any("vision_encoder" in name for name in gradients)
     task.model.save_pretrained(tmp_path)
     again = InstructSAMModel.from_pretrained(tmp_path)

@@ -6,6 +6,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from double_precision import CLOSE, difference, doubled, float64
+from golden_fixtures import GOLDEN_ROOT
 from golden_model import load_golden
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -14,19 +16,16 @@ from instructsam.models.attention_mask import VARIANTS
 from instructsam.models.decoding import decode, greedy
 from instructsam.models.decoding_rules import RULES
 
-TOLERANCE = 1e-4
-
 
 def close(actual, expected):
-    scale = expected.abs().max().clamp(min=1e-6)
-    assert float((actual - expected).abs().max() / scale) < TOLERANCE
+    assert difference(actual, expected) < CLOSE
 
 
 @pytest.fixture(scope="module")
 def tiny():
-    from golden_fixtures import GOLDEN_ROOT
-
-    return load_golden(GOLDEN_ROOT / "a")
+    model, meta, tensors = load_golden(GOLDEN_ROOT / "a")
+    with float64():
+        yield model.double(), meta, doubled(tensors)
 
 
 def earlier_turn(meta) -> list[int]:

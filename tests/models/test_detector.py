@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from double_precision import CLOSE, difference, float64
 from transformers.models.sam3.configuration_sam3 import Sam3Config
 from transformers.models.sam3.modeling_sam3 import Sam3Model
 
@@ -22,15 +23,16 @@ def sam3_config() -> Sam3Config:
 
 @pytest.fixture(scope="module")
 def pair():
-    """Transformers' model and ours with the same weights."""
-    torch.manual_seed(0)
-    theirs = Sam3Model(sam3_config()).eval()
-    for parameter in theirs.parameters():
-        torch.nn.init.normal_(parameter, std=0.15)
-    ours = InstanceDetector(sam3_config(), presence_token=True).eval()
-    state = {name: tensor for name, tensor in theirs.state_dict().items() if not name.startswith("text_encoder.")}
-    ours.load_state_dict(state, strict=True)
-    return theirs, ours
+    """Transformers' model and ours with the same weights, in float64."""
+    with float64():
+        torch.manual_seed(0)
+        theirs = Sam3Model(sam3_config()).eval()
+        for parameter in theirs.parameters():
+            torch.nn.init.normal_(parameter, std=0.15)
+        ours = InstanceDetector(sam3_config(), presence_token=True).eval()
+        state = {name: tensor for name, tensor in theirs.state_dict().items() if not name.startswith("text_encoder.")}
+        ours.load_state_dict(state, strict=True)
+        yield theirs.double(), ours.double()
 
 
 @torch.no_grad()
@@ -45,7 +47,7 @@ def test_same_as_sam3(pair, lengths):
     queries = ours.detr_decoder.query_embed.weight.expand(2, -1, -1)
     actual = ours(ours.encode_image(pixels), torch.arange(2), queries, text, mask)
     for name in ("pred_masks", "pred_logits", "pred_boxes", "presence_logits"):
-        assert torch.equal(getattr(actual, name), getattr(expected, name)), name
+        assert difference(getattr(actual, name), getattr(expected, name)) < CLOSE, name
 
 
 @torch.no_grad()
@@ -57,8 +59,8 @@ def test_phrases_select_their_image(pair):
     together = ours(features, torch.tensor([0, 1, 1]), queries, text, None, with_aux=True)
     for p, image in enumerate((0, 1, 1)):
         alone = ours(features, torch.tensor([image]), queries[p : p + 1], text[p : p + 1], None, with_aux=True)
-        torch.testing.assert_close(together.pred_masks[p], alone.pred_masks[0], rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(together.aux[0].pred_logits[p], alone.aux[0].pred_logits[0], rtol=1e-4, atol=1e-4)
+        assert difference(together.pred_masks[p], alone.pred_masks[0]) < CLOSE
+        assert difference(together.aux[0].pred_logits[p], alone.aux[0].pred_logits[0]) < CLOSE
     assert len(together.aux) == ours.config.detr_decoder_config.num_layers - 1
 
 
@@ -71,8 +73,8 @@ def test_padding_of_phrases_changes_nothing(pair):
     short = ours(features, torch.tensor([0]), queries, text, torch.ones(1, 4, dtype=torch.bool))
     padded_text = torch.cat([text, 9 * torch.ones(1, 3, 32)], 1)
     padded = ours(features, torch.tensor([0]), queries, padded_text, torch.arange(7)[None] < 4)
-    torch.testing.assert_close(short.pred_masks, padded.pred_masks, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(short.pred_logits, padded.pred_logits, rtol=1e-4, atol=1e-4)
+    assert difference(short.pred_masks, padded.pred_masks) < CLOSE
+    assert difference(short.pred_logits, padded.pred_logits) < CLOSE
 
 
 def test_without_presence_token_no_such_tensors():

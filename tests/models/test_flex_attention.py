@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
+from double_precision import difference, doubled, float64
 from golden_fixtures import GOLDEN_ROOT
 from golden_model import load_golden
 
@@ -11,6 +14,7 @@ from instructsam.models.modeling import InstructSAMModel
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(os.environ.get("ATEN_CPU_CAPABILITY") == "default", reason="torch.compile fails under it")
 @pytest.mark.parametrize("variant", ["hybrid", "prefix"])
 @torch.no_grad()
 def test_flex_equals_sdpa(variant):
@@ -21,9 +25,13 @@ def test_flex_equals_sdpa(variant):
     assert flex.vlm.visual.config._attn_implementation == "sdpa"
     flex.load_state_dict(model.state_dict())
     names = ("input_ids", "attention_mask", "pixel_values", "image_grid_thw")
-    hidden = []
-    for one in (model, flex):
+
+    def hidden(one, tensors):
         one.config.attention_variant = variant
-        hidden.append(one.run_language_model(*[tensors[name] for name in names]).hidden_BLC)
-    valid = tensors["attention_mask"]
-    torch.testing.assert_close(hidden[0][valid], hidden[1][valid], rtol=1e-4, atol=1e-4)
+        return one.run_language_model(*[tensors[name] for name in names]).hidden_BLC[tensors["attention_mask"]].double()
+
+    found = {"sdpa": hidden(model, tensors), "flex": hidden(flex, tensors)}
+    with float64():
+        exact = hidden(model.double(), doubled(tensors))
+    errors = {name: difference(one, exact) for name, one in found.items()}
+    assert errors["flex"] < 10 * errors["sdpa"] < 1e-3, errors  # its kernel for processors has no float64
