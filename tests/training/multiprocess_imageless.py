@@ -1,4 +1,7 @@
-"""Trains the tiny model on one sample with a picture and one without, in one process or two (started by a test)."""
+"""Trains the tiny model in float64 on one sample with a picture and one without, in one process or two.
+
+Started by a test.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import sys
 from pathlib import Path
 
 import torch
+from double_precision import float64
 
 from instructsam.data.coco_instructions import read_coco_instructions
 from instructsam.losses.criterion import CriterionConfig, SetCriterion
@@ -36,14 +40,15 @@ class Pair(torch.utils.data.Dataset):
 def main() -> None:
     checkpoint, world, output_dir, what, batch_size = sys.argv[1:]
     predictor = Predictor.from_pretrained(checkpoint)
-    dataset = Pair(predictor.processor, read_coco_instructions(Path(world), "train")[0], what)
-    torch.manual_seed(0)  # the query head's weights, on every rank alike
-    criterion = SetCriterion(CriterionConfig(aux=1.0, box_l1=5.0, box_giou=2.0))
-    objective = InstructionObjective(predictor.model.train(), criterion, query_box_weight=0.5)
-    settings = {"max_steps": 3, "checkpoint_every": 0, "progress_bar": False}
-    config = TrainerConfig(output_dir, per_device_batch_size=int(batch_size), **settings)
-    trainer = Trainer(config, objective, dataset, predictor.processor.collate, OptimConfig(lr=1e-3))
-    trainer.run()
+    with float64():
+        dataset = Pair(predictor.processor, read_coco_instructions(Path(world), "train")[0], what)
+        torch.manual_seed(0)  # the query head's weights, on every rank alike
+        criterion = SetCriterion(CriterionConfig(aux=1.0, box_l1=5.0, box_giou=2.0))
+        objective = InstructionObjective(predictor.model.double().train(), criterion, query_box_weight=0.5)
+        settings = {"max_steps": 3, "checkpoint_every": 0, "progress_bar": False}
+        config = TrainerConfig(output_dir, per_device_batch_size=int(batch_size), **settings)
+        trainer = Trainer(config, objective, dataset, predictor.processor.collate, OptimConfig(lr=1e-3))
+        trainer.run()
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()
     leave()

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from double_precision import CLOSE, difference, float32_is
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -167,8 +168,9 @@ def evaluate(model: nn.Module) -> torch.Tensor:
     return model(torch.ones(1, 5))
 
 
+@float32_is(torch.float64)
 def _rank(rank: int, folder: str) -> None:
-    """One of two FSDP2 ranks; what it works out goes to a file."""
+    """One of two FSDP2 ranks; what it works out, in float64, goes to a file."""
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -201,6 +203,7 @@ def _rank(rank: int, folder: str) -> None:
 
 
 @pytest.mark.multiprocess
+@float32_is(torch.float64)
 def test_shards_of_fsdp2_average_as_the_whole(tmp_path):
     torch.multiprocessing.spawn(_rank, (str(tmp_path),), nprocs=2)
     model = make_model()
@@ -213,6 +216,8 @@ def test_shards_of_fsdp2_average_as_the_whole(tmp_path):
     assert not torch.allclose(expected[0], expected[1], atol=1e-3)
     for rank in range(2):
         found = torch.load(tmp_path / f"{rank}.pt")
-        assert [torch.allclose(a, b, atol=1e-5) for a, b in zip(found["seen"], expected, strict=True)] == [True] * 3
+        assert max(difference(a, b) for a, b in zip(found["seen"], expected, strict=True)) < CLOSE
         assert found["saved"].keys() == ema.state_dict().keys()
-        assert all(torch.allclose(value, found["saved"][name]) for name, value in ema.state_dict().items())
+        averages = {name: value for name, value in ema.state_dict().items() if name != "num_updates"}
+        assert all(difference(found["saved"][name], value) < CLOSE for name, value in averages.items())
+        assert found["saved"]["num_updates"] == 3

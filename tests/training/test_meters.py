@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import time
 from contextlib import nullcontext
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from double_precision import CLOSE, difference, float64
 from torch import nn
 from torch.utils.checkpoint import checkpoint as recompute
 
@@ -21,9 +21,10 @@ class Clock:
     """Time that passes only when told."""
 
     def __init__(self) -> None:
-        self.now = 100.0
+        self.now, self.asked = 100.0, 0
 
     def perf_counter(self) -> float:
+        self.asked += 1
         return self.now
 
     def pass_(self, seconds: float) -> None:
@@ -57,13 +58,13 @@ def test_every_moment_belongs_to_the_innermost_phase(clock):
     assert timer.take() == {"other": 5}
 
 
-def test_the_timer_is_cheap():
+def test_a_phase_asks_for_the_time_twice(clock):
+    """Once at either end: it costs next to nothing."""
     timer = PhaseTimer()
-    start = time.perf_counter()
-    for _ in range(1000):
-        with timer.phase("data"):
-            pass
-    assert (time.perf_counter() - start) / 1000 < 1e-4
+    before = clock.asked
+    with timer.phase("data"):
+        pass
+    assert clock.asked - before == 2
 
 
 def test_rates_of_an_interval(clock):
@@ -213,6 +214,7 @@ def test_by_samples_where_there_are_no_tokens(tmp_path):
     assert estimate.of({**inputs, "samples": 10.0}) == 2 * 5 * 2 * 4 * 4 * 2
 
 
+@float64()
 def test_the_tiny_model_is_counted_and_a_resumed_run_is_exact(world, tmp_path):
     from tiny_fixtures import settings_of
 
@@ -237,7 +239,7 @@ def test_the_tiny_model_is_counted_and_a_resumed_run_is_exact(world, tmp_path):
     for found in later:
         assert all(torch.equal(a, b) for a, b in zip(plain, found, strict=True))
     whole = [torch.cat([g.flatten() for g in found]) for found in (plain, counted)]
-    assert (whole[0] - whole[1]).norm() < 1e-4 * whole[0].norm()
+    assert difference(whole[1], whole[0]) < CLOSE
     # 6 x tokens x parameters is the order of it: each token passes the language model, pictures the two encoders.
     rule = 6 * inputs["tokens"] * sum(p.numel() for p in task.objective.parameters())
     assert 0.3 * rule < first.of(inputs) < 10 * rule

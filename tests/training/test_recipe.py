@@ -11,6 +11,7 @@ from pathlib import Path
 import forked
 import pytest
 import torch
+from double_precision import CLOSE, float64
 from safetensors.torch import load_file
 from tiny_fixtures import settings_of
 
@@ -301,8 +302,9 @@ def test_master_weights_in_half_precision_are_refused(stages, world, tmp_path):
 def test_two_processes_train_like_one(world, tmp_path):
     """DDP with LoRA, frozen towers, gradient checkpointing and grouped sampling; without dropout, which is per rank."""
     same = ["data.group_by=masks", "trainer.precision=no", "trainer.frozen_dtype=null", "model.lora.dropout=0"]
-    train(settings_of("train", *overrides(1, world, tmp_path / "one", *same, "trainer.per_device_batch_size=2")))
-    command = ["-m", "instructsam.train", *overrides(1, world, tmp_path / "two", *same)]
+    with float64():
+        train(settings_of("train", *overrides(1, world, tmp_path / "one", *same, "trainer.per_device_batch_size=2")))
+    command = ["-m", "double_precision", "instructsam.train", *overrides(1, world, tmp_path / "two", *same)]
     done = forked.run(command, processes=2, ACCELERATE_USE_CPU="true")
     assert done.returncode == 0, done.stderr
     one, two = (
@@ -310,8 +312,7 @@ def test_two_processes_train_like_one(world, tmp_path):
         for name in ("one", "two")
     )
     for a, b in zip(one, two, strict=True):
-        assert b["terms"] == pytest.approx(a["terms"], rel=1e-4) and b["grad_norm"] == pytest.approx(
-            a["grad_norm"], rel=1e-3
-        )
+        assert b["terms"] == pytest.approx(a["terms"], rel=CLOSE)
+        assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=CLOSE)
     adapters = [load_file(tmp_path / name / "checkpoint/adapter/adapter_model.safetensors") for name in ("one", "two")]
-    torch.testing.assert_close(*adapters, atol=1e-3, rtol=1e-2)
+    torch.testing.assert_close(*adapters, atol=0, rtol=2**-7)  # saved in bfloat16: one step of its rounding

@@ -240,7 +240,7 @@ def test_wandb_runs_offline(tmp_path, monkeypatch):
     (run,) = (tmp_path / "wandb").glob("offline-run-*")
     identity = (tmp_path / "wandb_id.txt").read_text()
     assert run.name.endswith(identity)
-    for _ in range(100):  # another process writes the file
+    for _ in range(600):  # another process writes the file
         if (found := read_wandb(run))["complete"]:
             break
         time.sleep(0.1)

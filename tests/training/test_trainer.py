@@ -328,13 +328,13 @@ def test_a_profile_leaves_no_checkpoint(tmp_path):
 
 def test_error_in_a_data_worker_ends_the_run_with_its_own_message(tmp_path):
     settings = json.dumps({"num_workers": 2})
-    failed = run_script(tmp_path, "--settings", settings, "--fail-index", "7", seconds=60)
+    failed = run_script(tmp_path, "--settings", settings, "--fail-index", "7")
     assert failed.returncode == 1
     assert failed.stderr.splitlines()[-1] == "ValueError: toy-7 is broken: no picture"
 
 
 def test_error_in_the_objective_ends_the_run_and_its_workers(tmp_path):
-    failed = run_script(tmp_path, "--settings", json.dumps({"num_workers": 2}), "--fail-at", "2", seconds=60)
+    failed = run_script(tmp_path, "--settings", json.dumps({"num_workers": 2}), "--fail-at", "2")
     assert failed.returncode == 1
     assert failed.stderr.splitlines()[-1] == "KeyError: 'no such term'" and len(losses_of(tmp_path)) == 1
 
