@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from double_precision import CLOSE, float64
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -68,6 +69,7 @@ def gradients(terms, outputs):
     return torch.autograd.grad(sum(terms.values()), leaves(outputs))
 
 
+@float64()
 def test_terms_equal_a_naive_loop_over_pairs():
     outputs, targets = make_outputs(), make_targets()
     terms = SetCriterion()(outputs, targets, count_targets(targets))
@@ -114,6 +116,7 @@ def test_no_gradient_through_the_class_targets():
     assert grad is None or not grad.any()
 
 
+@float64()
 @settings(deadline=None, max_examples=20)
 @given(
     seed=st.integers(0, 1000),
@@ -140,13 +143,14 @@ def test_parts_with_global_counts_add_up_to_the_whole(seed, counts, cut):
         total = [a + b for a, b in zip(total, gradients(terms, outputs), strict=True)]
     assert set(sums) == set(whole)
     for name in whole:
-        torch.testing.assert_close(sums[name], whole[name], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(sums[name], whole[name], rtol=CLOSE, atol=CLOSE)
         if name in whole_counts:
             assert part_counts[0][name] + part_counts[1][name] == whole_counts[name]
     for mine, expected in zip(total, whole_grads, strict=True):
-        torch.testing.assert_close(mine, expected, rtol=1e-4, atol=1e-7)
+        torch.testing.assert_close(mine, expected, rtol=CLOSE, atol=CLOSE)
 
 
+@float64()
 def test_padding_with_invalid_targets_changes_nothing():
     outputs, targets = make_outputs(), make_targets()
     criterion = SetCriterion(EVERYTHING)
@@ -164,6 +168,7 @@ def test_padding_with_invalid_targets_changes_nothing():
         torch.testing.assert_close(mine, expected)
 
 
+@float64()
 def test_order_of_queries_and_targets_is_irrelevant():
     outputs, targets = make_outputs(aux=0), make_targets()
     criterion = SetCriterion()
@@ -218,6 +223,7 @@ def test_unused_boxes_stay_in_the_graph_without_effect():
         assert not grad.any()
 
 
+@float64()
 def test_box_only_phrases():
     outputs, targets = make_outputs(aux=0), make_targets(box_only=(0, 2, 3))
     terms = SetCriterion()(outputs, targets, count_targets(targets))
@@ -245,6 +251,7 @@ def test_box_losses():
     assert perfect["box_giou"].item() == pytest.approx(0, abs=1e-5)
 
 
+@float64()
 def test_auxiliary_layers_are_matched_anew_and_weighted():
     outputs, targets = make_outputs(), make_targets()
     counts = count_targets(targets)
@@ -257,6 +264,7 @@ def test_auxiliary_layers_are_matched_anew_and_weighted():
     torch.testing.assert_close(terms["cls"], plain["cls"])
 
 
+@float64()
 def test_cost_bias_decides_the_matching_of_every_layer_and_adds_no_loss():
     outputs, targets = make_outputs(), make_targets((1, 1, 1, 1))
     counts = count_targets(targets)
@@ -271,6 +279,7 @@ def test_cost_bias_decides_the_matching_of_every_layer_and_adds_no_loss():
     torch.testing.assert_close(none["mask_bce"], SetCriterion()(outputs, targets, counts)["mask_bce"])
 
 
+@float64()
 def test_presence_loss_where_the_model_has_the_token():
     outputs, targets = make_outputs(aux=0), make_targets()
     counts = count_targets(targets)

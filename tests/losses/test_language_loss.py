@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from double_precision import float64
 
 from instructsam.losses.language import language_loss, language_targets
 
@@ -39,6 +40,7 @@ def test_first_token_is_never_predicted_and_nothing_ignored_without_ids():
     assert language_targets(IDS, LABELS, []).token_T.numel() == int((LABELS != -100).sum())
 
 
+@float64()
 def test_loss_equals_full_cross_entropy():
     logits = torch.randn(2, 8, 100, generator=torch.Generator().manual_seed(0))
     chosen = language_targets(IDS, LABELS, [SEG, MASK_END])
@@ -47,6 +49,7 @@ def test_loss_equals_full_cross_entropy():
     torch.testing.assert_close(loss, F.cross_entropy(logits[:, :-1].flatten(0, 1), labels.flatten()))
 
 
+@float64()
 def test_parts_with_a_common_count_add_up():
     logits = torch.randn(6, 20, generator=torch.Generator().manual_seed(1))
     tokens = torch.arange(6)

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from double_precision import CLOSE, float64
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -37,6 +38,7 @@ def blocks(seed, size=64, cells=4, count=2):
     return (F.interpolate(part[:, None].float(), size=(size, size))[:, 0] for part in (logits, masks))
 
 
+@float64()
 def test_bce_and_dice_by_hand():
     logits = torch.tensor([[[0.0, LN3], [-LN3, 0.0]]])  # probabilities ½ ¾ ¼ ½
     masks = torch.tensor([[[True, True], [False, False]]])
@@ -64,6 +66,7 @@ def test_gradient_equals_autograd_of_the_plain_formulas():
         torch.testing.assert_close(mine.grad, plain.grad.float(), rtol=1e-4, atol=1e-8)
 
 
+@float64()
 def test_projection_by_hand():
     logits = torch.tensor([[[0.0, -LN3], [-LN3, LN3]]])  # probabilities ½ ¼ / ¼ ¾
     box = torch.tensor([[[True, True], [False, False]]])
@@ -102,6 +105,7 @@ def test_no_pairs_is_zero_and_connected(num_points):
     assert torch.equal(logits.grad, torch.zeros_like(logits))
 
 
+@float64()
 @settings(deadline=None, max_examples=25)
 @given(
     logit=st.floats(-8, 8),
@@ -115,8 +119,8 @@ def test_points_on_constant_masks_are_exact(logit, truth, importance, seed):
     sampling = PointSampling(num_points=45, importance=importance)
     points = mask_losses(logits, masks, None, sampling, torch.Generator().manual_seed(seed))
     full = mask_losses(logits, masks)
-    torch.testing.assert_close(points.bce_M, full.bce_M, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(points.dice_M, full.dice_M, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(points.bce_M, full.bce_M, rtol=CLOSE, atol=CLOSE)
+    torch.testing.assert_close(points.dice_M, full.dice_M, rtol=CLOSE, atol=CLOSE)
 
 
 def test_uniform_points_estimate_the_full_loss():
@@ -156,11 +160,12 @@ def test_points_depend_on_the_generator_alone():
     assert torch.equal(draw[0], draw[1]) and not torch.equal(draw[0], draw[2])
 
 
+@float64()
 def test_sampling_at_pixel_centres_reads_the_pixels():
     logits, _ = pairs(height=4, width=5)
     y, x = torch.meshgrid((torch.arange(4) + 0.5) / 4, (torch.arange(5) + 0.5) / 5, indexing="ij")
     centres = torch.stack([x, y], -1).reshape(1, -1, 2).expand(3, -1, -1)
-    torch.testing.assert_close(sample_at(logits, centres), logits.flatten(1), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(sample_at(logits, centres), logits.flatten(1), rtol=CLOSE, atol=CLOSE)
 
 
 def test_bf16_logits_are_computed_in_float32():

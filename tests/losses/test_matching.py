@@ -7,6 +7,7 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
+from double_precision import float64
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -53,6 +54,7 @@ def test_cross_entropy_of_confident_logits_keeps_its_digits():
     assert mask_sums(logits, truth).bce.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
+@float64()
 def test_chunks_of_phrases_do_not_matter(monkeypatch):
     pred_masks, _, target_masks, _ = scene(phrases=5)
     whole = mask_sums(pred_masks, target_masks)
@@ -88,6 +90,7 @@ def test_assignment_is_the_cheapest_of_all(seed, queries, truths):
         assert cost[phrase, rows, columns].sum().item() == pytest.approx(best, abs=1e-5)
 
 
+@float64()
 @quick
 @given(seed=st.integers(0, 10_000), queries=st.permutations(range(4)), truths=st.permutations(range(3)))
 def test_permuting_queries_and_targets_permutes_the_matching(seed, queries, truths):
@@ -99,6 +102,7 @@ def test_permuting_queries_and_targets_permutes_the_matching(seed, queries, trut
     assert pairs == back
 
 
+@float64()
 def test_padding_between_and_after_targets_changes_nothing():
     pred_masks, pred_logits, target_masks, valid = scene()
     plain = match(pred_masks, pred_logits, target_masks, valid)
