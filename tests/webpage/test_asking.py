@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shutil
 import tempfile
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -54,7 +54,7 @@ def test_an_instance_keeps_its_colour(talk):
 
 
 def test_files_of_what_is_chosen(talk):
-    downloads = Downloads(seconds=0.5)
+    downloads = Downloads(seconds=300)
     overlay, coco, labelme = (downloads.write(talk.result, [0, 2], format) for format in FORMATS)
     assert [Path(path).name.split("_")[-1] for path in (overlay, coco, labelme)] == [*FORMATS.values()]
     assert Image.open(overlay).size == (480, 480)
@@ -62,9 +62,10 @@ def test_files_of_what_is_chosen(talk):
     assert len(json.loads(Path(labelme).read_text())["shapes"]) == 2
     again = downloads.write(talk.result, [0], "PNG")
     assert Path(overlay).name == Path(again).name and Path(overlay).exists()
-    time.sleep(0.6)
+    for path in (overlay, again):
+        os.utime(Path(path).parent, (0, 0))
     downloads.write(talk.result, [], "PNG")
-    assert not Path(overlay).exists() and not Path(again).exists()
+    assert not Path(overlay).exists() and not Path(again).exists() and Path(coco).exists()
 
 
 def test_old_files_are_removed_by_two_at_once(talk, monkeypatch):
