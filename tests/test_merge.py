@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from double_precision import CLOSE, float64
 
 from instructsam import InstructSAM
 from instructsam import merge as merge_command
@@ -39,6 +40,7 @@ def segment(folder: Path, world: Path) -> list:
     return result.prediction.instances
 
 
+@float64()
 def test_merged_folder_predicts_the_same_without_peft(checkpoint, trained, world, tmp_path, monkeypatch, capsys):
     merge_command.main([str(trained), str(tmp_path / "deep" / "merged")])
     merged = tmp_path / "deep" / "merged"
@@ -51,7 +53,8 @@ def test_merged_folder_predicts_the_same_without_peft(checkpoint, trained, world
     found = segment(merged, world)
     assert len(found) == len(expected) == 12
     for a, b in zip(found, expected, strict=True):
-        assert a.score == pytest.approx(b.score, abs=1e-5) and a.box == pytest.approx(b.box, abs=1e-2)
+        assert a.score == pytest.approx(b.score, rel=CLOSE) and a.box == pytest.approx(b.box, rel=CLOSE)
+        assert a.rle == b.rle
     assert max(abs(a.score - b.score) for a, b in zip(plain, expected, strict=True)) > 1e-3
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from double_precision import CLOSE, difference, float64
 from tiny_fixtures import settings_of
 
 from instructsam import predictor as predictor_module
@@ -65,6 +66,7 @@ def all_scores(predictions) -> list[list[float]]:
 
 
 @pytest.mark.parametrize("decoding", RULES)
+@float64()
 def test_given_phrases_equal_written_ones(decoding, checkpoint, images, monkeypatch):
     predictor = Predictor.from_pretrained(checkpoint, decoding=decoding)
     given = predictor.understand(images, INSTRUCTIONS, PHRASES)
@@ -73,12 +75,14 @@ def test_given_phrases_equal_written_ones(decoding, checkpoint, images, monkeypa
     assert given.phrases == written.phrases == PHRASES
     assert given.answers == written.answers
     for name in ("queries_PNC", "phrase_features_PTC"):
-        torch.testing.assert_close(getattr(given.bridge, name), getattr(written.bridge, name), rtol=1e-4, atol=1e-5)
+        assert difference(getattr(given.bridge, name), getattr(written.bridge, name)) < CLOSE, name
     assert torch.equal(given.bridge.phrase_mask_PT, written.bridge.phrase_mask_PT)
     for one, other in zip(predictor.detect(given, 0.0), predictor.detect(written, 0.0), strict=True):
-        assert [i.score for i in one.instances] == pytest.approx([i.score for i in other.instances], abs=1e-4)
+        assert [i.score for i in one.instances] == pytest.approx([i.score for i in other.instances], rel=CLOSE)
+        assert [i.rle for i in one.instances] == [i.rle for i in other.instances]
 
 
+@float64()
 def test_a_batch_equals_one_by_one(checkpoint, images):
     predictor = Predictor.from_pretrained(checkpoint, max_new_tokens=5)
     written = predictor.segment(images, INSTRUCTIONS)
@@ -88,7 +92,8 @@ def test_a_batch_equals_one_by_one(checkpoint, images):
         )[0]
         assert len(alone.instances) == len(together.instances) > 0
         for one, other in zip(alone.instances, together.instances, strict=True):
-            assert one.phrase == other.phrase and one.score == pytest.approx(other.score, abs=1e-4)
+            assert one.phrase == other.phrase and one.score == pytest.approx(other.score, rel=CLOSE)
+            assert one.rle == other.rle
         assert predictor.segment(images[k : k + 1], INSTRUCTIONS[k : k + 1])[0].answer == written[k].answer
 
 
