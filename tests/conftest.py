@@ -39,7 +39,6 @@ def marked_if_it_starts_processes(request):
 
 
 from browser_fixtures import chromium  # noqa: E402, F401
-from double_precision import in_float64  # noqa: E402, F401
 from golden_fixtures import golden  # noqa: E402, F401
 from hub_fixtures import qwen3_vl_dir, sam3_dir, sharded_qwen3_vl_dir, sharded_sam3_dir  # noqa: E402, F401
 from pretended_hub import uploads  # noqa: E402, F401
