@@ -57,6 +57,7 @@ def test_version(monkeypatch, capsys):
     assert capsys.readouterr().out.strip() == metadata.version("instructsam")
 
 
+@pytest.mark.multiprocess
 def test_a_reader_that_has_seen_enough():
     """Nothing is said when what is printed goes nowhere any more."""
     line = f"{sys.executable} -m instructsam.cli | true; {sys.executable} -m instructsam.cli | head -1"

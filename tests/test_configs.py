@@ -103,6 +103,7 @@ def test_experiments_state_their_commands(path: Path):
         check(settings_of("train", *shlex.split(command.replace("\\\n", " "))))
 
 
+@pytest.mark.multiprocess
 def test_settings_that_only_the_user_can_give_are_asked_for():
     done = forked.run(["-m", "instructsam.train", "data=coco_instructions"])
     assert done.returncode == 1 and done.stderr.strip() == "error: not given: data.root=..."

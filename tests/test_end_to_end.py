@@ -199,6 +199,7 @@ def test_settings_that_cannot_work(override, message, world, tmp_path):
 SHORT = ["trainer.max_steps=2", "trainer.per_device_batch_size=2", "trainer.progress_bar=false"]
 
 
+@pytest.mark.multiprocess
 def test_broken_picture_in_a_data_worker_is_one_clear_line(world, tmp_path):
     shutil.copytree(world, tmp_path / "world")
     for path in (tmp_path / "world/train/images").iterdir():

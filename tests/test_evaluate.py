@@ -147,6 +147,7 @@ def test_predictions_alone_give_the_same_figures(evaluated, tmp_path, capsys):
     assert "written to" in capsys.readouterr().out
 
 
+@pytest.mark.multiprocess
 def test_predictions_need_neither_torch_nor_metrics(evaluated, tmp_path):
     shutil.copy(evaluated / "predictions.jsonl", tmp_path)
     code = (
@@ -246,6 +247,7 @@ def test_what_cannot_work_is_found_before_the_model_is_loaded(overrides, message
         evaluate(settings(*overrides, f"output_dir={tmp_path}"))
 
 
+@pytest.mark.multiprocess
 def test_errors_are_one_line(checkpoint, tmp_path):
     done = run(1, f"checkpoint={checkpoint}", "benchmark.root=nowhere", f"output_dir={tmp_path}")
     assert done.returncode == 1

@@ -41,6 +41,7 @@ def test_the_notebook_runs(monkeypatch):
     assert "squares" in text
 
 
+@pytest.mark.multiprocess
 def test_the_dockerfile_is_clean():
     linter = shutil.which("hadolint") or shutil.which("hadolint", path=os.path.dirname(sys.executable))
     if linter is None:

@@ -136,11 +136,13 @@ def test_layers_that_fsdp_wraps_exist():
         assert any(hasattr(source, name) for source in sources), name
 
 
+@pytest.mark.multiprocess
 @pytest.mark.parametrize("script", sorted((REPOSITORY / "scripts/launch").glob("*.s*")), ids=lambda path: path.name)
 def test_scripts_are_sound_shell(script):
     subprocess.run(["bash", "-n", str(script)], check=True)
 
 
+@pytest.mark.multiprocess
 def test_no_gpu_and_no_engine_are_said():
     without = start(["bash", "scripts/launch/one_node.sh", "ddp", "experiment=stage1"], GPUS="0")
     assert "python -m instructsam.train experiment=stage1" in without.communicate()[0] and without.returncode == 2
@@ -148,6 +150,7 @@ def test_no_gpu_and_no_engine_are_said():
     assert "which engine?" in unnamed.communicate()[0] and unnamed.returncode != 0
 
 
+@pytest.mark.multiprocess
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP"])
 def test_a_signal_before_the_training_has_started_ends_the_launcher(name, tmp_path):
     stub = program(tmp_path / "python", LAUNCHER.format(python=sys.executable))
@@ -158,6 +161,7 @@ def test_a_signal_before_the_training_has_started_ends_the_launcher(name, tmp_pa
     assert script.returncode not in (0, None) and not is_alive(launcher)
 
 
+@pytest.mark.multiprocess
 @pytest.mark.parametrize("script", ["one_node.sh", "several_nodes.sh"])
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP"])
 def test_a_signal_reaches_the_training_once_and_the_script_waits_for_its_end(script, name, tmp_path):
@@ -232,6 +236,7 @@ def play_slurm(folder: Path) -> dict[str, str]:
     }  # fmt: skip
 
 
+@pytest.mark.multiprocess
 @pytest.mark.parametrize(("name", "requeues"), [("SIGUSR1", True), ("SIGTERM", False)])
 def test_slurm_waits_for_the_checkpoint(name, requeues, tmp_path):
     stub = program(tmp_path / "python", LAUNCHER.format(python=sys.executable))

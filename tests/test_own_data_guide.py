@@ -210,6 +210,7 @@ def test_own_data_in_ten_minutes(checkout):
     assert len(losses) == 30 and np.mean(losses[-10:]) < 0.7 * np.mean(losses[:10])
 
 
+@pytest.mark.multiprocess
 def test_own_data_joins_a_mixture(checkout):
     run("python scripts/prepare/example_own_data.py", checkout)
     (command,) = commands_of("A new data set")

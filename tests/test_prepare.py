@@ -66,6 +66,7 @@ def command(*overrides: str) -> subprocess.CompletedProcess[str]:
     return forked.run(["-m", "instructsam.prepare", *overrides])
 
 
+@pytest.mark.multiprocess
 def test_the_command_prepares_and_leaves_alone(world, tmp_path):
     overrides = ["data=tiny_world", f"data.root={world}", f"data.prepared={tmp_path / 'p'}"]
     first = command(*overrides)
@@ -76,6 +77,7 @@ def test_the_command_prepares_and_leaves_alone(world, tmp_path):
     assert len(SampleTable(tmp_path / "p" / "tiny_world")) == 12
 
 
+@pytest.mark.multiprocess
 def test_the_command_fails_with_one_line(world, tmp_path):
     overrides = ["data=tiny_world", f"data.root={tmp_path}", f"data.prepared={tmp_path / 'p'}"]
     failed = command(*overrides)
@@ -223,6 +225,7 @@ def test_what_cannot_be_used_is_in_the_manifest_and_told(own, tmp_path, capsys):
     assert "; cannot be used: 3 point annotations; " in capsys.readouterr().out
 
 
+@pytest.mark.multiprocess
 def test_tables_that_training_would_not_open_are_not_made(own, world):
     with pytest.raises(ValueError, match="data.prepared is null: training .* give data.prepared=FOLDER"):
         prepare(settings_of({**own, "prepared": None}))

@@ -91,6 +91,7 @@ def check(tree, monkeypatch, capsys) -> Callable[..., tuple[int, dict[str, list[
 # ---- scripts ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.multiprocess
 @pytest.mark.parametrize("name", [*NAMES, "common"])
 def test_scripts_are_sound_bash(name):
     subprocess.run(["bash", "-n", str(SCRIPTS / f"{name}.sh")], check=True)
@@ -103,6 +104,7 @@ def test_every_script_that_a_configuration_names_is_there():
     assert named and named <= set(NAMES)
 
 
+@pytest.mark.multiprocess
 @pytest.mark.parametrize("name", NAMES)
 def test_check_mode_downloads_nothing_and_hands_on_what_the_check_says(name, run, tree):
     for status in (0, 1):
@@ -111,12 +113,14 @@ def test_check_mode_downloads_nothing_and_hands_on_what_the_check_says(name, run
     assert not (tree / "data").exists()
 
 
+@pytest.mark.multiprocess
 @pytest.mark.parametrize("name", NAMES)
 def test_unknown_options_are_refused(name, run):
     done, calls = run(name, "--chek")
     assert done.returncode == 2 and "usage" in done.stderr and not calls
 
 
+@pytest.mark.multiprocess
 def test_archives_are_downloaded_and_unpacked_once(run, tree):
     done, calls = run("coco")
     assert done.returncode == 0, done.stderr
@@ -138,6 +142,7 @@ def test_archives_are_downloaded_and_unpacked_once(run, tree):
     assert run("coco")[1] == ["checker scripts/prepare/check.py coco"]
 
 
+@pytest.mark.multiprocess
 def test_an_archive_that_was_not_unpacked_to_its_end_is_unpacked_again(run, tree, tmp_path):
     (tmp_path / "commands" / "unzip").write_text('#!/bin/sh\necho "unzip $*" >>"$LOG"\nexit 3\n')
     done, calls = run("lvis")
@@ -145,6 +150,7 @@ def test_an_archive_that_was_not_unpacked_to_its_end_is_unpacked_again(run, tree
     assert run("lvis")[1][-1].startswith("unzip") and not list((tree / "data").rglob(".unpacked-*"))
 
 
+@pytest.mark.multiprocess
 def test_another_address_is_tried_and_parts_of_two_are_not_mixed(run, tree):
     done, calls = run("refer", failing="https://bvisionweb1*")
     assert done.returncode == 0, done.stderr
@@ -154,6 +160,7 @@ def test_another_address_is_tried_and_parts_of_two_are_not_mixed(run, tree):
     assert "by hand: gRefCOCO" in done.stdout and "data/refer/grefcoco/grefs(unc).json" in done.stdout
 
 
+@pytest.mark.multiprocess
 def test_what_cannot_be_downloaded_stops_the_script_and_goes_on_later(run, tree):
     done, calls = run("lvis", failing="*lvis*")
     assert done.returncode == 2 and "data/downloads/lvis_v1_train.json.zip: no address answered" in done.stderr
@@ -162,6 +169,7 @@ def test_what_cannot_be_downloaded_stops_the_script_and_goes_on_later(run, tree)
     assert done.returncode == 0 and str(part.relative_to(tree)) in again[0] and not part.exists()
 
 
+@pytest.mark.multiprocess
 def test_what_is_there_is_not_asked_for_by_hand(run, tree):
     target = tree / "data/lisa_plus/instance.json"
     assert "by hand" in run("lisa", checked=1)[0].stdout
@@ -170,6 +178,7 @@ def test_what_is_there_is_not_asked_for_by_hand(run, tree):
     assert "by hand" not in done.stdout and done.returncode == 0
 
 
+@pytest.mark.multiprocess
 def test_reasonseg_s_archives_are_unpacked_where_they_were_put(run, tree):
     archive = tree / "data/downloads/reasonseg/val.zip"
     archive.parent.mkdir(parents=True)
@@ -181,6 +190,7 @@ def test_reasonseg_s_archives_are_unpacked_where_they_were_put(run, tree):
     ]
 
 
+@pytest.mark.multiprocess
 def test_the_release_is_downloaded_once_and_linked_by_name(run, tree, tmp_path):
     hub = tmp_path / "hub"
     for name in ("a/refcoco.json", "a/mapillary_1.json", "b/mapillary_2.json", "eval/grefcoco_val.json", "odd.json"):
@@ -209,6 +219,7 @@ def test_the_release_is_downloaded_once_and_linked_by_name(run, tree, tmp_path):
     assert again.returncode == 0 and calls == ["checker scripts/prepare/check.py release"]
 
 
+@pytest.mark.multiprocess
 def test_a_data_set_that_the_hub_refuses_stops_the_script(run, tree, tmp_path):
     (tmp_path / "commands" / "hf").write_text('#!/bin/sh\necho "hf $*" >>"$LOG"\nexit 1\n')
     for _ in range(2):

@@ -61,6 +61,7 @@ def test_tiny_run(smoke, picture, tmp_path, capsys):
     assert all(name in printed for name in [*parameters, *seconds, "tokens a second", "peak memory"])
 
 
+@pytest.mark.multiprocess
 def test_the_script_runs_by_itself(picture):
     command = [sys.executable, str(SCRIPTS / "smoke_full_size.py"), str(picture), "--tiny", "--device", "cpu"]
     result = subprocess.run([*command, "--dtype", "float16"], capture_output=True, text=True, check=False)

@@ -119,6 +119,7 @@ def test_two_processes_train_the_real_structure(world, qwen3_vl_dir, sam3_dir, t
     assert [record["step"] for record in losses(tmp_path / "two")] == [1, 2, 3]
 
 
+@pytest.mark.multiprocess
 def test_an_export_never_overwrites(checkpoint, tmp_path):
     (tmp_path / "there").mkdir()
     (tmp_path / "there" / "notes.txt").write_text("mine")

@@ -203,6 +203,7 @@ def loaded_after(statement: str) -> set[str]:
     return set(result.stdout.split())
 
 
+@pytest.mark.multiprocess
 @pytest.mark.parametrize(
     ("statement", "unwanted"),
     [

@@ -97,6 +97,7 @@ def test_all_cells_run_once(control):
     assert again.run(again.ablation.order()) and calls(control) == expected
 
 
+@pytest.mark.multiprocess
 def test_a_killed_sweep_goes_on(control):
     (control / "block_train_b_seed_0").touch()
     process = start(control)
@@ -113,6 +114,7 @@ def test_a_killed_sweep_goes_on(control):
     assert steps(control, "b/seed_0/train/bridge") == ["0", "1", "2"]  # none twice
 
 
+@pytest.mark.multiprocess
 def test_an_orphan_of_a_killed_sweep_is_waited_for(control):
     (control / "block_train_b_seed_0").touch()
     process = start(control)
@@ -126,6 +128,7 @@ def test_an_orphan_of_a_killed_sweep_is_waited_for(control):
     assert steps(control, "b/seed_0/train/bridge") == ["0", "1", "2"]
 
 
+@pytest.mark.multiprocess
 def test_a_signal_stops_the_commands_too(control):
     (control / "block_train_b_seed_0").touch()
     process = start(control)
@@ -224,6 +227,7 @@ def test_several_at_once_have_a_device_each(control):
     assert sorted(devices[:2]) == ["3", "5"]
 
 
+@pytest.mark.multiprocess
 def test_two_sweeps_share_the_work(control):
     (control / "block_train_a_seed_0").touch()
     process = start(control)

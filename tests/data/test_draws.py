@@ -67,6 +67,7 @@ def _first_draws(connection, draws: Draws) -> None:
     connection.send(draws.of_epoch(4).tolist())
 
 
+@pytest.mark.multiprocess
 def test_another_process_draws_the_same():
     draws = Draws({"a": 1000, "b": 7}, {"a": 333, "b": 20}, 5)
     context = multiprocessing.get_context("spawn")

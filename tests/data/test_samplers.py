@@ -139,6 +139,7 @@ def _take(connection, sampler: DistributedBatchSampler) -> None:
     connection.send(list(islice(sampler, 40)))
 
 
+@pytest.mark.multiprocess
 @pytest.mark.parametrize("spawned", [False, True])
 def test_another_process_sees_the_same(spawned):
     sizes = partial(by_epoch, 50, 6)

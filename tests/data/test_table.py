@@ -260,6 +260,7 @@ def _read(table: SampleTable, rows: range) -> list[Sample]:
     return [table[row] for row in rows]
 
 
+@pytest.mark.multiprocess
 def test_an_open_table_goes_to_other_processes(folder):
     table = SampleTable(folder, RECIPE)
     assert table[9] == several(10)[9] and len(table.sizes) == 10

@@ -79,6 +79,7 @@ def test_scenes_do_not_depend_on_how_many_there_are(world, tmp_path):
     assert lines[1][: len(lines[0])] == lines[0] and len(lines[1]) > len(lines[0])
 
 
+@pytest.mark.multiprocess
 def test_another_process_writes_the_same_bytes(world, tmp_path):
     command = [sys.executable, "-m", "instructsam.make_tiny_world", "--root", str(tmp_path / "again")]
     command += ["--train", "4", "--val", "4", "--seed", "3"]

@@ -246,6 +246,7 @@ def test_one_run_at_a_time(tmp_path):
 # ---- processes --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.multiprocess
 def test_three_processes_give_what_one_gives(tmp_path):
     """100 instructions in batches of 7: fifteen batches, the last of two."""
     for processes in (1, 3):
@@ -262,6 +263,7 @@ def test_three_processes_give_what_one_gives(tmp_path):
     assert (tmp_path / "3.memory").read_text() == "same"  # and so in memory
 
 
+@pytest.mark.multiprocess
 @pytest.mark.parametrize(("before", "after"), [(1, 1), (3, 1), (1, 3), (3, 2)])
 def test_killed_and_started_again_gives_the_same_bytes(before, after, tmp_path):
     run(toy.StagedToy(), toy.items(100), tmp_path / "whole.jsonl", batch_size=7, progress=False)
@@ -278,6 +280,7 @@ def test_killed_and_started_again_gives_the_same_bytes(before, after, tmp_path):
     assert answered == 100 - finished
 
 
+@pytest.mark.multiprocess
 def test_an_error_on_the_first_rank_is_everyones(tmp_path):
     path = tmp_path / "p.jsonl"
     path.write_text("{}\n")

@@ -11,8 +11,10 @@ import torch
 from instructsam.models.modeling import InstructSAMModel
 
 
+@pytest.mark.multiprocess
 def test_the_auto_classes_know_a_checkpoint(checkpoint):
     code = f"""
+import pytest
 from transformers import AutoConfig, AutoModel, AutoProcessor
 import instructsam.models.modeling
 found = [cls.from_pretrained({str(checkpoint)!r}) for cls in (AutoConfig, AutoModel, AutoProcessor)]

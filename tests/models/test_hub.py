@@ -113,6 +113,7 @@ def test_pickles_are_never_read(folder, name):
     assert "weights_only=True" in str(caught.value)
 
 
+@pytest.mark.multiprocess
 def test_the_command_that_converts_pickles_works(folder):
     import subprocess
     import sys

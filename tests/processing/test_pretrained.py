@@ -98,6 +98,7 @@ def test_auto_processor(checkpoint):
         AutoProcessor.from_pretrained(checkpoint, max_lenght=99)
 
 
+@pytest.mark.multiprocess
 def test_a_tokenizer_of_the_hub_keeps_its_own_class_out_of_the_way(qwen3_vl_dir, tmp_path):
     """Qwen's tokenizer files may name Qwen's processor: ours goes first, and no model class is needed to read it."""
     folder = tmp_path / "theirs"

@@ -326,6 +326,7 @@ def test_a_profile_leaves_no_checkpoint(tmp_path):
 # ---------------------------------------------------------------------- failing
 
 
+@pytest.mark.multiprocess
 def test_error_in_a_data_worker_ends_the_run_with_its_own_message(tmp_path):
     settings = json.dumps({"num_workers": 2})
     failed = run_script(tmp_path, "--settings", settings, "--fail-index", "7")
@@ -333,12 +334,14 @@ def test_error_in_a_data_worker_ends_the_run_with_its_own_message(tmp_path):
     assert failed.stderr.splitlines()[-1] == "ValueError: toy-7 is broken: no picture"
 
 
+@pytest.mark.multiprocess
 def test_error_in_the_objective_ends_the_run_and_its_workers(tmp_path):
     failed = run_script(tmp_path, "--settings", json.dumps({"num_workers": 2}), "--fail-at", "2")
     assert failed.returncode == 1
     assert failed.stderr.splitlines()[-1] == "KeyError: 'no such term'" and len(losses_of(tmp_path)) == 1
 
 
+@pytest.mark.multiprocess
 def test_workers_are_gone_after_an_error_and_after_the_end(tmp_path):
     with pytest.raises(ValueError) as caught:  # the traceback that is kept here holds on to the iterator
         toy.toy_trainer(tmp_path / "failed", dataset=toy.ToyDataset(fail_index=7), num_workers=2).run()
@@ -357,6 +360,7 @@ class SlowDataset(toy.ToyDataset):
         return super().__getitem__(key)
 
 
+@pytest.mark.multiprocess
 def test_busy_worker_is_killed(tmp_path, monkeypatch):
     monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.2)
     batches = toy.toy_trainer(tmp_path, dataset=SlowDataset(), num_workers=2)

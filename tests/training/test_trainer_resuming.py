@@ -43,6 +43,7 @@ def test_run_stopped_by_an_exception_resumes_to_the_same_bytes(tmp_path, workers
     torch.testing.assert_close(weights_of(tmp_path / "cut"), weights_of(tmp_path / "whole"), atol=0, rtol=0)
 
 
+@pytest.mark.multiprocess
 @pytest.mark.parametrize("workers", [0, 1])
 def test_killed_run_resumes_to_the_same_bytes(tmp_path, workers):
     settings = {"dropout": 0.3, "num_workers": workers}
