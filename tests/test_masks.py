@@ -283,6 +283,13 @@ def test_polygons_are_cut_at_the_border():
     assert np.array_equal(masks.decode(rle), expected)
 
 
+@pytest.mark.parametrize(
+    "polygon", [[15, 1, 20, 1, 20, 5], [-5, 1, 0, 1, 0, 5], [1, 10, 5, 10, 5, 14], [1, -4, 5, -4, 5, 0]]
+)
+def test_of_a_polygon_that_touches_the_border_from_outside_nothing_is_left(polygon):
+    assert masks.polygons_to_rle([polygon], 10, 15) == masks.empty_rle(10, 15)
+
+
 @quick
 @given(SIZES, st.lists(st.tuples(st.floats(-1, 2), st.floats(-1, 2)), min_size=3, max_size=8))
 def test_any_admitted_polygon_becomes_a_canonical_code(size, points):
@@ -355,6 +362,18 @@ def test_fractional_boxes_hold_the_pixels_whose_centres_they_hold(size, data):
     assert mask.any()
     if inside.any():
         assert np.array_equal(mask, inside)
+
+
+@pytest.mark.parametrize("edge", [2.5, 3.0, 3.25])
+def test_boxes_side_by_side_share_no_pixel_and_leave_none_out(edge):
+    """A centre on the edge belongs to the box that begins there."""
+    for left, right, both in (
+        ([0.5, 1, edge, 4], [edge, 1, 5.5, 4], [0.5, 1, 5.5, 4]),
+        ([1, 0.5, 4, edge], [1, edge, 4, 5.5], [1, 0.5, 4, 5.5]),
+    ):
+        halves = [masks.box_to_mask(box, 7, 7).astype(int) for box in (left, right)]
+        assert np.array_equal(sum(halves), masks.box_to_mask(both, 7, 7))
+    assert masks.bbox(masks.box_to_rle([1.5, 2.5, 3.5, 4.5], 7, 7)) == (1, 2, 3, 4)
 
 
 @pytest.mark.parametrize(
