@@ -388,3 +388,9 @@ def test_settings_from_a_mapping():
         CriterionConfig.from_mapping({"mask_weight": 1.0})
     with pytest.raises(ValueError, match="criterion.points: unknown count"):
         CriterionConfig.from_mapping({"points": {"count": 1}})
+
+
+def test_a_floor_of_one_makes_hard_class_targets():
+    outputs, targets = make_outputs(phrases=1, queries=1, aux=0, presence=False), make_targets((1,))
+    terms = SetCriterion(CriterionConfig(min_soft_target=1))(outputs, targets, count_targets(targets))
+    assert terms["cls"].item() == pytest.approx(F.softplus(-outputs.pred_logits[0, 0]).item(), rel=1e-6)
