@@ -6,6 +6,7 @@ import pytest
 import torch
 from tiny_fixtures import settings_of
 
+from instructsam.models.bridge import QueryBank
 from instructsam.models.checkpoints import take_modules
 from instructsam.models.factory import build_model
 from instructsam.models.layouts import FIRST_ROWS
@@ -43,3 +44,14 @@ def test_what_does_not_fit_is_named(world, checkpoint):
         take_modules(tiny(world), checkpoint, ["head"])
     with pytest.raises(ValueError, match="'query_bank' does not fit"):
         take_modules(tiny(world, "model.config.num_queries=2"), checkpoint, ["query_bank"])
+
+
+def test_a_new_query_bank_has_the_spread_that_was_asked_for():
+    banks = {std: QueryBank(3, 8) for std in (1.0, 0.02)}
+    for std, bank in banks.items():
+        torch.manual_seed(0)
+        bank.initialise("normal", std, None)
+    torch.testing.assert_close(banks[0.02].weight, 0.02 * banks[1.0].weight)
+    assert banks[1.0].weight.std() > 0
+    banks[1.0].initialise("zeros", 1.0, None)
+    assert not banks[1.0].weight.any()

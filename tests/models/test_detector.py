@@ -81,3 +81,47 @@ def test_without_presence_token_no_such_tensors():
     names = {name for name, _ in InstanceDetector(sam3_config(), presence_token=False).named_parameters()}
     assert not any("presence" in name for name in names)
     assert "detr_decoder.reference_points.weight" in names
+
+
+@torch.no_grad()
+def test_earlier_detections_are_those_of_a_shorter_decoder_in_order(pair, monkeypatch):
+    _, ours = pair
+    torch.manual_seed(4)
+    features = ours.encode_image(torch.randn(1, 3, 112, 112))
+    inputs = features, torch.tensor([0]), torch.randn(1, 7, 32), torch.randn(1, 4, 32), None
+    earlier, layers = ours(*inputs, with_aux=True).aux, ours.detr_decoder.layers
+    assert len(earlier) == len(layers) - 1 > 0
+    for number, detections in enumerate(earlier, 1):
+        monkeypatch.setitem(ours.detr_decoder._modules, "layers", layers[:number])
+        shorter = ours(*inputs)
+        for name in ("pred_masks", "pred_logits", "pred_boxes", "presence_logits"):
+            torch.testing.assert_close(getattr(detections, name), getattr(shorter, name), rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_presence_is_limited_on_both_sides(pair, monkeypatch, sign):
+    _, ours = pair
+    decoder = ours.detr_decoder
+    bias = decoder.presence_head.layer3.bias
+    monkeypatch.setattr(bias, "data", torch.full_like(bias, sign * 1e4))
+    features = ours.encode_image(torch.zeros(1, 3, 112, 112))
+    found = ours(features, torch.tensor([0]), torch.zeros(1, 7, 32), torch.zeros(1, 4, 32), None)
+    assert found.presence_logits.tolist() == [[sign * decoder.clamp_presence_logit_max_val]]
+
+
+@torch.no_grad()
+def test_boxes_are_float32_where_the_weights_are_bfloat16():
+    """A box head that says nothing leaves the boxes where they are."""
+    decoder = InstanceDetector(sam3_config()).eval().bfloat16().detr_decoder
+    for parameter in decoder.box_head.parameters():
+        parameter.zero_()
+    points = torch.linspace(-2, 2, decoder.reference_points.weight.numel()).view_as(decoder.reference_points.weight)
+    decoder.reference_points.weight.copy_(points)
+    exact = decoder.reference_points.weight.double().sigmoid()
+    size = decoder.config.hidden_size
+    queries, text, cells = (torch.zeros(1, count, size, dtype=torch.bfloat16) for count in (len(exact), 3, 16))
+    _, boxes, _ = decoder(queries, cells, text, cells, None, (4, 4))
+    assert boxes.dtype == torch.float32
+    for layer in boxes:
+        torch.testing.assert_close(layer[0].double(), exact, rtol=0, atol=1e-5)

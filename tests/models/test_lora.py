@@ -341,6 +341,14 @@ def test_a_broken_adapter_is_not_merged(model):
     torch.testing.assert_close(model.state_dict(), before, atol=0, rtol=0, equal_nan=True)
 
 
+def test_an_adapter_that_is_broken_on_the_other_side_is_not_merged_either(model):
+    with_adapter(model)
+    dict(lora_layers(model))[PROJECTIONS[5]].lora_A["default"].weight.data[0, 0] = float("inf")
+    with pytest.raises(ValueError, match=f"{PROJECTIONS[5]}.lora_A is not finite"):
+        merge_lora(model)
+    assert has_lora(model)
+
+
 def test_save_pretrained_writes_base_and_adapter_apart(checkpoint, tmp_path):
     """As everyone calls it: the folder must load again, with the adapter in its place."""
     model = InstructSAMModel.from_pretrained(checkpoint)
