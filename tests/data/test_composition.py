@@ -169,6 +169,13 @@ def test_a_dialogue_keeps_its_order():
     assert texts(Composition(max_phrases=1).draw(sample_of(*turns), rng)) == [("t0",)]
 
 
+def test_a_dialogue_whose_first_turn_is_too_much_begins_with_the_next():
+    first = Turn("t0", (PhraseTarget("a"), PhraseTarget("b")), kind="conversation")
+    others = [Turn(f"t{k}", (PhraseTarget("a"),), kind="conversation") for k in (1, 2)]
+    drawn = Composition(max_phrases=1).draw(sample_of(first, *others), np.random.default_rng(0))
+    assert texts(drawn) == [("t1",)]
+
+
 @pytest.mark.parametrize(
     "values, message",
     [

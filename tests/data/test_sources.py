@@ -242,6 +242,24 @@ def test_tables_give_what_the_files_give(world, refer, tmp_path):
         open_sources({**data, "limit": 0})
 
 
+def test_a_limit_beyond_what_there_is_takes_all(world, tmp_path):
+    data = {"sources": {"own": own(world, split="val")}, "prepared": None, "limit": 1000}
+    write_tables(prepared := {**data, "prepared": str(tmp_path / "prepared")})
+    assert everything(open_sources(prepared)) == everything(open_sources(data)) != []
+
+
+def test_what_cannot_be_used_is_counted_apart_from_what_is_bad(tmp_path):
+    def entry(kind: str, shape: list[int]) -> dict[str, Any]:
+        return {"type": "phrase", "text": "a cup", "ann_type": kind, "ann": [shape]}
+
+    annotations = [entry("point", [1, 1]), entry("bbox", [1, 1, 9, 9]), entry("bbox", [1, 1, 0, 0])]
+    save_json(tmp_path / "a.json", [{"image": "a.jpg", "height": 40, "width": 40, "annotation": annotations}] * 2)
+    source = {"reader": "release_train", "file": f"{tmp_path}/a.json", "image_root": str(tmp_path)}
+    skips = Skips("skip")
+    open_sources({"sources": {"a": source, "b": source}}, skips)
+    assert skips.aside == {"point annotations": 4} and skips.counts == {"annotations": 4}
+
+
 def test_sources_are_mixed_by_weight_or_by_repeats(world):
     """A configuration's repeats are taken back by null. A weight that nothing comes of is an error."""
     first, second = own(world, repeats=None, weight=1), own(world, split="val", weight=3)
