@@ -53,3 +53,16 @@ def test_places_reach_the_batch(world):
         found = batch["object_places"][row, 1 : len(objects) + 1, 1 : 1 + len(names)]
         assert found.tolist() == same
         assert not batch["object_places"][row, len(objects) + 1 :].any()
+
+
+def test_pointers_of_several_layers_count_as_their_mean(world):
+    class One(torch.nn.Module):
+        def forward(self, *_):
+            return torch.ones(())
+
+    task, batch, _ = losses(world)
+    heads = task.objective.pointer_heads
+    assert len(heads) > 1
+    task.objective.pointer_heads = torch.nn.ModuleList(One() for _ in heads)
+    counts = {name: torch.tensor(value) for name, value in task.objective.count_units(batch).items()}
+    assert task.objective(batch, counts)["pointer"].item() == pytest.approx(task.objective.pointer_weight)
