@@ -45,6 +45,11 @@ def test_a_constant_loss_may_wiggle():
     assert len(events_of([1.0] * 50 + [1.2])) == 1
 
 
+def test_losses_below_zero_wiggle_as_those_above():
+    assert events_of([-1.0] * 50 + [-0.95]) == []
+    assert len(events_of([-1.0] * 50 + [-0.8])) == 1
+
+
 def test_a_fall_is_no_spike():
     assert events_of([5.0] * 50 + [0.1]) == []
 

@@ -93,6 +93,14 @@ def test_rates_of_an_interval(clock):
     assert not {"tokens_per_second", "tflops_per_device", "mfu"} & set(again), "what is unknown is left out"
 
 
+def test_a_step_of_unknown_operations_leaves_the_intervals_unknown(clock):
+    meter = Meter(peak_flops=1e12)
+    for flops in (4e12, 0.0):
+        clock.pass_(1)
+        meter.add(Work(1, flops=flops))
+    assert not {"tflops_per_device", "mfu"} & set(meter.read())
+
+
 def test_no_utilisation_without_a_peak(clock):
     meter = Meter()
     clock.pass_(2)
@@ -165,6 +173,17 @@ def test_grouped_queries_are_counted_with_all_query_heads(tmp_path):
     with estimate.counting({"samples": 1.0, "tokens": 0.0, "phrases": 0.0}), torch.no_grad():
         Grouped()(x)
     assert estimate.of({"samples": 1.0, "tokens": 0.0, "phrases": 0.0}) == 2 * 4 * 6 * 6 * 16
+
+
+def test_values_of_another_width_than_keys_are_counted_by_theirs():
+    query, key, value = (1, 2, 5, 8), (1, 2, 7, 8), (1, 2, 7, 3)
+    pairs = 2 * 1 * 2 * 5 * 7  # a multiply-add is two operations
+    formulas = meters._attention_formulas()
+    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    assert formulas[kernel](query, key, value) == pairs * (8 + 3)
+    backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+    # Of width 8: the scores again, gradients of query and key; of width 3: gradients of weights and values.
+    assert formulas[backward](value, query, key, value) == pairs * (3 * 8 + 2 * 3)
 
 
 def test_the_estimate_scales_with_tokens_and_counts_only_the_first(tmp_path):

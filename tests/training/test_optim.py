@@ -176,6 +176,10 @@ def test_warmup_ratio_and_constant():
     )
 
 
+def test_a_part_of_a_warmup_step_is_a_whole_one():
+    assert [warmup_steps(OptimConfig(warmup_ratio=0.03), steps) for steps in (1, 33, 34, 100)] == [1, 1, 2, 3]
+
+
 def test_warmup_longer_than_training_is_an_error():
     with pytest.raises(ValueError, match="warmup_steps 9 is longer than the training of 8 steps"):
         warmup_steps(OptimConfig(warmup_steps=9), 8)
