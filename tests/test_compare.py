@@ -133,6 +133,20 @@ def test_what_cannot_be_compared(tmp_path, capsys):
         compare(tmp_path / "nothing.json", a)
 
 
+def test_other_ignored_pixels_and_another_least_area_cannot_be_compared(tmp_path):
+    plain = run_of([5] * 2)
+    a = write(tmp_path / "a", plain)
+    ignoring = write(tmp_path / "ignoring", [{**one, "ignore_rle": strip(12, 14)} for one in plain])
+    with pytest.raises(ValueError, match="record 'q0': ignore_rle differs"):
+        compare(a, ignoring)
+    other = write(tmp_path / "other", plain)
+    metrics = json.loads(other.read_text())
+    metrics["conventions"]["min_area"] = 50
+    other.write_text(json.dumps(metrics))
+    with pytest.raises(ValueError, match="min_area 0 and 50"):
+        compare(a, other)
+
+
 def test_an_id_that_is_there_twice_is_named(tmp_path):
     a = write(tmp_path / "a", run_of([5, 6]))
     twice = [*run_of([5, 6]), *run_of([5])]
@@ -149,3 +163,7 @@ def test_sign_flips():
     rng = np.random.default_rng(0)
     uniform = [sign_flip_p(rng.normal(size=30), seed, 400) for seed in range(200)]
     assert 0.35 < np.mean(uniform) < 0.65 and np.mean(np.array(uniform) < 0.1) < 0.2
+
+
+def test_images_without_a_difference_leave_the_test_exact():
+    assert sign_flip_p(np.array([0.1, 0.2, 0.3] + [0.0] * 30)) == 2 / 8

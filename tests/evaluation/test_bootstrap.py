@@ -106,3 +106,15 @@ def test_a_share_that_is_missing_from_some_resamples():
     """One no-target instruction of four: a third of the resamples lack it, the others say 1."""
     records = [record([]), *(record([strip(0, 5)], [strip(0, 5)]) for _ in range(3))]
     assert intervals(records, ["n_acc"], resamples=50)["n_acc"] == (1.0, 1.0)
+
+
+def test_records_without_phrases_have_no_share_in_their_accuracy():
+    records = [record([strip(0, 4)], [strip(0, 4)], id=f"r{number}") for number in range(6)]
+    for one in records[::2]:
+        one |= {"gt_phrases": ["a"], "pred_phrases": ["a"]}
+    assert intervals(records, ["phrase_accuracy"], resamples=20) == {"phrase_accuracy": (1.0, 1.0)}
+
+
+def test_a_record_that_is_called_like_the_image_of_another_is_drawn_by_itself():
+    records = [record([], [], id="a.jpg"), record([], [], id="r", image="a.jpg"), record([], [], id="s", image="a.jpg")]
+    assert clusters_of(measure(records)).tolist() == [0, 1, 1]

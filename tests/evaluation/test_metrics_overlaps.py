@@ -193,3 +193,19 @@ def test_new_figures_can_be_written_as_json():
     assert {"cgf1", "pmf1", "il_mcc", "cgf1@0.95", "pmf1@0.50"} <= set(metrics["overall"])
     for name in ("cgf1", "pmf1", "il_mcc", "by_area", "by_phrase_length", "AP of COCO"):
         assert metrics["conventions"][name]
+
+
+def test_records_of_more_pixels_than_32_bits_can_count_are_measured_together():
+    """9 masks take 4 bits beside the pixel: numbers up to 5.1e9."""
+    side, records = 4000, []
+    for number in range(20):
+        boxes = [[k, side - 9, k + 4 + number, side] for k in range(0, 90, 10)]
+        truth, *predictions = (masks.box_to_rle(box, side, side) for box in boxes)
+        scores = [0.9 - k / 100 for k in range(len(predictions))]
+        one = {"id": str(number), "height": side, "width": side, "gt_rles": [truth]}
+        records.append({**one, "pred_rles": predictions, "pred_scores": scores})
+    together, alone = measure(records), [measure([one]) for one in records]
+    for column in ("intersection_R", "union_R", "num_duplicates_R", "hits_TP"):
+        parts = [getattr(one, column) for one in alone]
+        assert np.array_equal(getattr(together, column), np.concatenate(parts, axis=-1)), column
+    assert together.union_R[0] == 9 * 4 * 9

@@ -20,6 +20,7 @@ from instructsam.evaluation.metrics import evaluate_records
 from instructsam.evaluation.pipeline import buckets, overlapped
 from instructsam.evaluation.runner import EvalItem, flatten, make_record, run, spread
 from instructsam.evaluation.segmenter import Segmenter, StagedSegmenter
+from instructsam.evaluation.streaming import Part, begin
 from instructsam.predictor import Predictor
 from instructsam.structures import RLE, Sample, Turn
 
@@ -299,3 +300,12 @@ def test_three_processes_with_the_model(checkpoint, world, tmp_path):
     records = [json.loads(line) for line in one.splitlines()]
     assert len({record["id"] for record in records}) == len(records) == 30
     assert any(record["pred_rles"] for record in records)
+
+
+def test_a_run_that_was_killed_before_its_first_record_is_another_run_all_the_same(tmp_path):
+    path = tmp_path / "predictions.jsonl"
+    assert begin(path, ["a"], {"threshold": 0.3}, restart=False) == set()
+    Part(path, 0, {"threshold": 0.3}).close()
+    with pytest.raises(ValueError, match=r"another run \(threshold: 0.3 there, 0.5 now\)"):
+        begin(path, ["a"], {"threshold": 0.5}, restart=False)
+    assert begin(path, ["a"], {"threshold": 0.3}, restart=False) == set()
