@@ -18,6 +18,7 @@ from instructsam.ablation import statistics
 from instructsam.ablation.cells import parse
 from instructsam.ablation.report import latex, write_report
 from instructsam.ablation.state import Place
+from instructsam.evaluation.measure import measure
 
 SIZE = 8
 VALUES = {
@@ -133,6 +134,34 @@ def test_p_values_and_spreads_by_hand():
     spread = statistics.spread_of([0.2, 0.4, None, 0.6])
     assert spread == {"mean": pytest.approx(0.4), "deviation": pytest.approx(0.2), "n": 3}
     assert statistics.spread_of([0.2]) == {"mean": 0.2, "deviation": None, "n": 1}
+
+
+def counted(number: int, instances: int, kind: str = "") -> dict:
+    """An instruction for so many pixels, of which the first is found."""
+    rles = [masks.box_to_rle([k, 0, k + 1, 1], SIZE, SIZE) for k in range(instances)]
+    return {
+        **record(number, False),
+        "kind": kind,
+        "gt_rles": rles,
+        "pred_rles": rles[:1],
+        "pred_scores": [0.9][:instances],
+    }
+
+
+def test_instructions_are_told_apart_by_their_instances():
+    measured = measure([counted(number, number) for number in range(7)])
+    found = statistics.by_instances(measured, ["count_error"])["count_error"]
+    assert found == {"1": 0, "2": 1, "3-4": (2 + 3) / 2, ">=5": (4 + 5) / 2}
+
+
+def test_kinds_without_a_target_are_none_of_those_compared():
+    measured = measure([counted(0, 1, "one"), counted(1, 0, "nothing"), counted(2, 2, "two"), counted(3, 1)])
+    assert statistics.by_kind(measured, "count_error") == {"one": 0, "two": 1}
+
+
+def test_rounding_is_no_spread_for_the_t_test():
+    row = statistics._row([(0.3, 0.2), (0.1, 0.0)], np.full(9, 0.1))
+    assert row["values"][0] != row["values"][1] and row["p_t_test"] is None
 
 
 def test_files(ablation, output):
