@@ -11,7 +11,7 @@ from PIL import Image
 
 from instructsam.masks import encode
 from instructsam.structures import Instance
-from instructsam.visualization import GalleryRow, gallery, instance_colors, overlay, save_png
+from instructsam.visualization import GalleryRow, gallery, grid, instance_colors, overlay, overlay_pair, save_png
 
 GREY = Image.new("RGB", (96, 64), (128, 128, 128))
 
@@ -59,6 +59,13 @@ class TestOverlay:
         np.testing.assert_allclose(drawn[200, 300], [191, 64, 64], atol=1)
         np.testing.assert_array_equal(drawn[100, 300], [255, 0, 0])  # the outline lies inside the mask
         assert (drawn[~mask] == 128).all()
+
+    def test_the_pictures_border_is_an_edge_too(self):
+        image, full = Image.new("RGB", (500, 500)), np.ones((500, 500), dtype=bool)
+        drawn = np.asarray(overlay(image, [full], colors=[(255, 0, 0)], alpha=0.5))
+        line, rim, inside = [(255, 0, 0)] * 2, [(255, 255, 255)], [(128, 0, 0)]
+        for inwards in (drawn[250], drawn[250, ::-1], drawn[:, 250], drawn[::-1, 250]):
+            assert [tuple(pixel) for pixel in inwards[:4].tolist()] == line + rim + inside
 
     def test_the_background_fades(self):
         image = Image.new("RGB", (600, 400), (0, 0, 255))
@@ -138,6 +145,16 @@ class TestGallery:
         assert row.prediction_labels == ["grey box 0.90"]
         assert row.note == "category"
 
+    def test_a_prediction_at_the_threshold_is_not_shown(self):
+        assert len(GalleryRow.from_record(record([0.9, 0.5]), GREY, threshold=0.5).prediction) == 1
+
+    def test_half_of_a_truth_is_a_hit(self):
+        truth, half, less = box_mask(10, 10, 30, 30), box_mask(10, 10, 30, 20), box_mask(10, 10, 30, 19)
+        of_truth = instance_colors(1)[0]
+        for prediction, hits in ((half, True), (less, False)):
+            _, shown = overlay_pair(GalleryRow(GREY, "one box", [truth], [prediction]), 480)
+            assert has_color(shown, of_truth) == hits
+
     def test_a_hit_takes_the_colour_of_its_truth(self):
         """The two predictions come in the opposite order of the truth, and still show the same colours."""
         page = gallery([GalleryRow.from_record(record([0.9, 0.8]), GREY)], cell=480)
@@ -174,6 +191,12 @@ class TestGallery:
         assert two.height < one.height
         with pytest.raises(ValueError, match="at least one row"):
             gallery([])
+
+    def test_tiles_of_a_line_end_at_the_same_height(self):
+        tiles = [Image.new("RGB", size, color) for size, color in (((9, 5), (1, 2, 3)), ((7, 8), (4, 5, 6)))]
+        page = np.asarray(grid(tiles, 2))
+        rows = [np.flatnonzero((page == color).all(axis=-1).any(axis=1)) for color in ((1, 2, 3), (4, 5, 6))]
+        assert [len(found) for found in rows] == [5, 8] and rows[0][-1] == rows[1][-1]
 
     def test_eight_rows_of_photographs_stay_small(self, tmp_path: Path):
         y, x = np.mgrid[:480, :640]

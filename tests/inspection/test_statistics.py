@@ -51,6 +51,12 @@ def test_the_figures_of_hand_made_samples():
     assert found["instances_per_instruction"]["bins"]["2"] == pytest.approx(1 / 3)
 
 
+def test_the_longest_side_may_be_the_height():
+    upright = [facts_of(Sample("s", Path("a.png"), height, 10, (TALK,))) for height in (300, 100)]
+    found = statistics([(upright, 1.0)])["longest_side"]
+    assert (found["min"], found["max"], found["mean"]) == (100, 300, 200)
+
+
 def test_a_conversation_about_no_picture_has_no_size():
     found = statistics([([facts_of(Sample("t", None, 0, 0, (TALK,)))], 1.0)])
     assert found["longest_side"]["mean"] is None and found["turns_per_sample"]["mean"] == 1
