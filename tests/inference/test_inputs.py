@@ -132,3 +132,9 @@ def test_jobs_of_several_pictures():
 def test_what_cannot_be_asked(count, single, instruction, phrases, message):
     with pytest.raises(ValueError, match=message.replace("(", r"\(")):
         make_jobs(count, single, instruction, phrases)
+
+
+@pytest.mark.parametrize("channels", [0, 2, 4])
+def test_tensors_have_one_or_three_channels(channels):
+    with pytest.raises(DataError, match=r"expected \(3, H, W\) or \(1, H, W\)"):
+        read_picture(torch.zeros(channels, 7, 9))

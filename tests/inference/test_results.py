@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import dataclasses
 import io
 import json
 
@@ -124,6 +125,12 @@ def test_coco_of_several(result, empty, tmp_path):
         coco_dataset([result.to_dict(), larger.to_dict()])
 
 
+def test_coco_of_a_picture_that_is_asked_about_again_later(result):
+    other = Result.from_dict({**result.to_dict(), "image": "b.png"}, result.image)
+    values = coco_dataset([one.to_dict() for one in (result, other, result)])
+    assert [one["image_id"] for one in values["annotations"]] == [1] * 3 + [2] * 3 + [1] * 3
+
+
 def test_coco_of_nothing(empty, tmp_path):
     coco = load_coco(empty.to_coco(), tmp_path / "coco.json")
     assert coco.getAnnIds() == [] and len(coco.getImgIds()) == 1
@@ -153,6 +160,15 @@ def test_labelme_masks(result, tmp_path):
         with Image.open(io.BytesIO(base64.b64decode(shape["mask"]))) as cut:
             found[y1 : y2 + 1, x1 : x2 + 1] = np.asarray(cut)
         np.testing.assert_array_equal(found, mask)
+
+
+@pytest.mark.parametrize("shape_type", ["mask", "polygon"])
+def test_an_instance_without_a_pixel_has_no_shape_in_labelme(result, shape_type):
+    first, *others = result.prediction.instances
+    empty = dataclasses.replace(first, rle=encode(np.zeros((HEIGHT, WIDTH), bool)))
+    changed = dataclasses.replace(result.prediction, instances=(empty, *others))
+    values = Result.of(changed, result.image, result.name, "x").to_labelme(shape_type)
+    assert [shape["group_id"] for shape in values["shapes"]] == [1, 2]
 
 
 def test_labelme_polygons(result):
