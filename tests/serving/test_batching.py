@@ -131,6 +131,21 @@ def test_a_question_that_nobody_waits_for_is_not_asked(batcher, toy):
     assert toy.batches == [["first"], ["0", "1", "2", "3"]]
 
 
+def test_nor_does_one_in_the_middle_of_a_batch_take_a_place(batcher, toy):
+    async def give_up():
+        async with held_up(batcher, toy):
+            texts = ["0", "late", "late", "1", "2", "3"]
+            asked = [asyncio.ensure_future(batcher.answer(Question(PICTURE, text))) for text in texts]
+            await asyncio.sleep(0.05)
+            for one in asked[1:3]:
+                one.cancel()
+            await asyncio.sleep(0.05)
+        await asyncio.gather(asked[0], *asked[3:])
+
+    asyncio.run(give_up())
+    assert toy.batches == [["first"], ["0", "1", "2", "3"]]
+
+
 def test_a_picture_that_nobody_waits_for_is_let_go(batcher, toy):
     """At once, not when the queue has come to it: behind a slow batch they would pile up."""
 

@@ -19,7 +19,7 @@ from pycocotools.coco import COCO
 
 from instructsam import InstructSAM, demo
 from instructsam.webpage import downloads as downloads_module
-from instructsam.webpage.asking import Conversation, picture_of, rows_of, timings_of, visible
+from instructsam.webpage.asking import Asker, Conversation, picture_of, rows_of, timings_of, visible
 from instructsam.webpage.downloads import FORMATS, Downloads
 
 
@@ -44,6 +44,20 @@ def test_what_is_shown(talk):
     assert [row[0] for row in rows] == [k + 1 for k in chosen]
     assert [row[3] for row in rows] == [result[k].area for k in chosen]
     assert "language" in timings_of(result)
+
+
+def test_an_instance_at_the_threshold_is_not_shown(talk):
+    scores = sorted({instance.score for instance in talk.result})
+    assert len(visible(talk.result, scores[0])) == sum(instance.score > scores[0] for instance in talk.result)
+
+
+def test_the_oldest_answers_are_forgotten(asker, examples):
+    path, _ = examples[0]
+    few, conversation = Asker(asker.model, asker.limits, history=2), Conversation()
+    for text in ("circle", "square", "star"):
+        conversation = few.ask(conversation, path, "", text)
+    assert [result.phrases for result in conversation.results] == [("square",), ("star",)]
+    assert conversation.result.phrases == ("star",)
 
 
 def test_an_instance_keeps_its_colour(talk):
