@@ -84,6 +84,7 @@ def steps(control: Path, name: str) -> list[str]:
     return (control.parent / f"out/cells/{name}/steps.txt").read_text().split()
 
 
+@pytest.mark.multiprocess
 def test_all_cells_run_once(control):
     first = sweep(control)
     assert first.run(first.ablation.order())
@@ -143,6 +144,7 @@ def test_a_signal_stops_the_commands_too(control):
     assert again.run(again.ablation.order()) and set(statuses(again).values()) == {"complete"}
 
 
+@pytest.mark.multiprocess
 @pytest.mark.parametrize(
     ("how", "reason"),
     [
@@ -168,6 +170,7 @@ def test_a_failed_cell_stops_no_other(control, how, reason):
     assert calls(control)["train_b_seed_0"] == 1
 
 
+@pytest.mark.multiprocess
 def test_a_command_that_does_not_exist(control):
     broken = Sweep(parse(TOY), control.parent / "out", ["/nowhere/python"], ["/nowhere/python"])
     assert broken.run(broken.ablation.order())
@@ -176,6 +179,7 @@ def test_a_command_that_does_not_exist(control):
     )
 
 
+@pytest.mark.multiprocess
 def test_changed_settings_are_an_error_that_names_the_cell(control):
     first = sweep(control)
     first.run(first.ablation.order())
@@ -188,6 +192,7 @@ def test_changed_settings_are_an_error_that_names_the_cell(control):
     assert calls(control)["train_a_seed_0"] == 1 and "train_a_seed_3 3 -" in (control / "calls.txt").read_text()
 
 
+@pytest.mark.multiprocess
 def test_an_evaluation_whose_model_is_gone(control):
     first = sweep(control)
     first.run(first.ablation.order())
@@ -199,6 +204,7 @@ def test_an_evaluation_whose_model_is_gone(control):
     assert again.run(again.ablation.order()) and set(statuses(again).values()) == {"complete"}
 
 
+@pytest.mark.multiprocess
 def test_a_failed_cell_may_be_mended(control):
     (control / "fail_train_b_seed_0").touch()
     first = sweep(control)
@@ -208,6 +214,7 @@ def test_a_failed_cell_may_be_mended(control):
     assert mended.run(mended.ablation.order()) and statuses(mended)["b/0"] == "complete"
 
 
+@pytest.mark.multiprocess
 def test_several_at_once_have_a_device_each(control):
     for name in ("train_a_seed_0", "train_b_seed_0"):
         (control / f"block_{name}").touch()

@@ -212,6 +212,7 @@ def test_an_interrupted_command_goes_on(lines, world, checkpoint, tmp_path):
     arguments = [item for pair in zip(["-i"] * 20, words[1:], strict=True) for item in pair]
     line = ["-m", "instructsam.segment", *pictures, *arguments, "--batch-size", "2"]
     line += ["--checkpoint", str(checkpoint), "--device", "cpu", "--output", str(tmp_path / "out"), "--write", "coco"]
+    line += ["--max-new-tokens", "4"]
     process = forked.start(line)
     results = tmp_path / "out/results.jsonl"
     deadline = time.monotonic() + 120

@@ -18,6 +18,7 @@ import torch
 
 import instructsam.train
 from instructsam.training import checkpointing
+from instructsam.training.checkpoint_files import STATE_FILE
 from instructsam.training.engines import Engine
 
 MOMENT, STEP = sys.argv[1], int(sys.argv[2])
@@ -66,9 +67,7 @@ def kill_in_step(backward):
 
 checkpointing.save_file = kill_half_way(checkpointing.save_file, lambda _, path: Path(path))
 torch.save = kill_half_way(torch.save, lambda _, path: Path(path))
-checkpointing.write_state = kill_half_way(
-    checkpointing.write_state, lambda folder, _: folder / checkpointing.STATE_FILE
-)
+checkpointing.write_state = kill_half_way(checkpointing.write_state, lambda folder, _: folder / STATE_FILE)
 checkpointing.publish = kill_around(checkpointing.publish)
 Engine.backward = kill_in_step(Engine.backward)
 OUTPUT = Path(next(part for part in sys.argv if part.startswith("output_dir=")).removeprefix("output_dir="))

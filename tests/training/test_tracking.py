@@ -230,6 +230,7 @@ def test_a_damaged_run_id_is_made_anew(damaged, tmp_path):
     assert [other.name for other in tmp_path.iterdir()] == [path.name]
 
 
+@pytest.mark.multiprocess
 def test_wandb_runs_offline(tmp_path, monkeypatch):
     pytest.importorskip("wandb")
     monkeypatch.delenv("WANDB_MODE", raising=False)

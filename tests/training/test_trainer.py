@@ -373,6 +373,7 @@ def test_busy_worker_is_killed(tmp_path, monkeypatch):
         assert not worker.is_alive()
 
 
+@pytest.mark.multiprocess
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
 def test_signal_to_the_whole_group_lets_the_step_finish(tmp_path, name):
     """What a terminal or a scheduler does: workers get the signal too, and go on until the step has its data."""

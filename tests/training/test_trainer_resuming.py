@@ -26,6 +26,7 @@ from instructsam.training.checkpoint_files import FOLDER, list_checkpoints
 # ---------------------------------------------------------------------- the same circumstances
 
 
+@pytest.mark.multiprocess
 @pytest.mark.parametrize("workers", [0, 1])
 def test_run_stopped_by_an_exception_resumes_to_the_same_bytes(tmp_path, workers):
     def explode(step):
@@ -57,6 +58,7 @@ def test_killed_run_resumes_to_the_same_bytes(tmp_path, workers):
     assert (tmp_path / "cut/losses.jsonl").read_bytes() == (tmp_path / "whole/losses.jsonl").read_bytes()
 
 
+@pytest.mark.multiprocess
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGUSR1"])
 @pytest.mark.parametrize("workers", [0, 1])
 def test_signal_saves_and_the_run_goes_on_at_the_very_next_step(tmp_path, capsys, name, workers):
