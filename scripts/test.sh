@@ -2,7 +2,7 @@
 # Everything a change must pass: style, types and the tests, in a virtual environment of its own (.venv-test).
 #
 #   scripts/test.sh                    all of it
-#   scripts/test.sh --fast             without the tests that take long or start processes: under 3 minutes
+#   scripts/test.sh --fast             without the tests that take long or start processes
 #   scripts/test.sh -k matching        further arguments go to pytest
 #   PYTHON=python3.12 scripts/test.sh  another interpreter
 #   JOBS=8 scripts/test.sh             so many tests at once (default: one a core)

@@ -27,7 +27,7 @@ class TokenLayout:
     Attributes:
         valid: bool, False for padding.
         block: int64, number of the query block within the row, -1 outside of blocks.
-        prompt: bool, True for the first user turn (image, instruction and the markup before the first answer).
+        prompt: bool, True for the first user turn (image and instruction), up to and including its end token.
         turn: int64 or None. With independent turns, several instructions share one image: 0 is the common image prefix
             and k > 0 the k-th turn, which sees the prefix and itself only. None: ordinary turns, which see all before.
     """
