@@ -8,6 +8,7 @@ it.
 
 from __future__ import annotations
 
+import importlib
 import os
 import runpy
 import sys
@@ -17,8 +18,7 @@ import torch
 if __name__ == "__main__":
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    import deepspeed.comm.torch
-
-    deepspeed.comm.torch.build_shm_op = lambda: None
+    # Not `import deepspeed.comm.torch`: in that package the name is torch itself.
+    importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None
     sys.argv = sys.argv[1:]
     runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
