@@ -114,7 +114,7 @@ class Running:
         for process in self.ranks:
             process.join()
 
-    def finish(self, seconds: float = 300) -> subprocess.CompletedProcess[str]:
+    def finish(self, seconds: float = 600) -> subprocess.CompletedProcess[str]:
         """Wait for the end. Raises TimeoutError, with what was printed, when it does not come."""
         deadline = time.monotonic() + seconds
         failed_at = None
@@ -151,7 +151,7 @@ def run(
     program: Sequence[object],
     processes: int = 1,
     folder: Path = REPOSITORY,
-    seconds: float = 300,
+    seconds: float = 600,
     **variables: str,
 ) -> subprocess.CompletedProcess[str]:
     """`start`, wait for the end, and return what was printed and the exit code."""

@@ -65,8 +65,14 @@ def test_phrases_select_their_image(pair):
 
 
 @torch.no_grad()
-def test_padding_of_phrases_changes_nothing(pair):
+@pytest.mark.parametrize("presence_token", [True, False])
+def test_padding_of_phrases_changes_nothing(pair, presence_token):
+    """Also in the layers that run where there is no presence token."""
     _, ours = pair
+    if not presence_token:
+        state = {name: tensor for name, tensor in ours.state_dict().items() if "presence" not in name}
+        ours = InstanceDetector(sam3_config(), presence_token=False).eval().double()
+        ours.load_state_dict(state, strict=True)
     torch.manual_seed(3)
     features = ours.encode_image(torch.randn(1, 3, 112, 112))
     queries, text = torch.randn(1, 7, 32), torch.randn(1, 4, 32)
