@@ -45,8 +45,9 @@ else
     rm -rf "$environment"
     "$interpreter" -m venv "$environment"
     torch="$(grep -E '^torch==' constraints.txt)"
-    "$python" -m pip install --quiet -c constraints.txt "$torch" # by itself first, as the largest part
-    "$python" -m pip install --quiet -c constraints.txt -e ".[dev,lora,tracking,deepspeed,bnb,plots,demo,serve,supervision]"
+    pip() { "$python" -m pip install --quiet --no-compile -c constraints.txt "$@"; } # compiled when imported: few are
+    pip "$torch" # by itself first, as the largest part
+    pip -e ".[dev,lora,tracking,deepspeed,bnb,plots,demo,serve,supervision]"
     echo "$wanted" >"$stamp"
 fi
 "$python" --version

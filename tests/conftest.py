@@ -22,7 +22,7 @@ _started: list[str] = []
 
 
 def _note_process(event: str, arguments: tuple) -> None:
-    if event in ("subprocess.Popen", "os.fork", "forked.start") and not str(arguments[:1]).endswith("git',)"):
+    if event in ("subprocess.Popen", "os.fork", "forked.start") and arguments[:1] != ("git",):
         _started.append(f"{event} {arguments[:2]}")
 
 

@@ -12,7 +12,6 @@ import torch
 from instructsam.models.loading import TensorFolder
 from instructsam.models.modeling import InstructSAMModel
 
-REPOSITORY = Path(__file__).parents[1]
 SMALL = ["trainer.epochs=null", "trainer.max_steps=3", "trainer.num_workers=0", "trainer.log_every=1",
          "model.config.num_queries=6", "model.lora.r=4", "model.max_length=2048", "model.vlm_image.min_pixels=4096",
          "model.vlm_image.max_pixels=65536", "optim.groups.vlm.lr=1e-3", "optim.groups.detector.lr=1e-3",

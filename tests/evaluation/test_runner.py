@@ -25,7 +25,6 @@ from instructsam.predictor import Predictor
 from instructsam.structures import RLE, Sample, Turn
 
 TOY = Path(toy.__file__)
-REPOSITORY = TOY.parents[2]
 
 
 def plain_loop(segmenter: Segmenter, items: list[EvalItem], threshold: float = 0.3) -> list[dict]:

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from instructsam.models.attention_mask import VARIANTS
-from instructsam.models.decoding import decode, greedy
+from instructsam.models.decoding import DecodedAnswer, decode, greedy
 from instructsam.models.decoding_rules import RULES
 
 
@@ -219,18 +219,27 @@ def test_a_batch_equals_its_rows(tiny, variant, rule, seed):
         close(together.language.hidden_BLC[row, valid], alone.language.hidden_BLC[0, alone.attention_mask[0]])
 
 
-@torch.no_grad()
-def test_greedy_decoding_stops_at_the_limits(tiny):
+@pytest.fixture
+def asked(tiny):
+    """What `decode` takes of two prompts, and the ids of tokens."""
     model, meta, tensors = tiny
     model.config.attention_variant = "hybrid"
-    input_ids, mask = prompts(tensors, meta, 0)
-    ids = meta["tokens"]
+    return (model, *prompts(tensors, meta, 0), tensors["pixel_values"], tensors["image_grid_thw"]), meta["tokens"]
+
+
+def answers(decoded: DecodedAnswer) -> list[list[int]]:
+    rows = zip(decoded.input_ids, decoded.attention_mask, decoded.answer_start.tolist(), strict=True)
+    return [ids[mask][start:].tolist() for ids, mask, start in rows]
+
+
+@torch.no_grad()
+def test_greedy_decoding_stops_at_the_limits(asked):
+    args, ids = asked
 
     def only_phrases(step, logits):
         wanted = [ids["ref_start"], 20, ids["ref_end"]][step % 3]
         return torch.where(torch.isneginf(logits[:, wanted]), ids["eos"], wanted)
 
-    args = (model, input_ids, mask, tensors["pixel_values"], tensors["image_grid_thw"])
     decoded = decode(*args, max_new_tokens=30, max_phrases=2, choose=only_phrases)
     assert len(decoded.language.phrases) == 4
     assert bool(decoded.finished.all())
@@ -241,38 +250,29 @@ def test_greedy_decoding_stops_at_the_limits(tiny):
 
 
 @torch.no_grad()
-def test_as_many_tokens_are_written_as_the_limit_says(tiny):
+def test_as_many_tokens_are_written_as_the_limit_says(asked):
     """Queries do not count; only with room for its end is a row finished."""
-    model, meta, tensors = tiny
-    model.config.attention_variant = "hybrid"
-    input_ids, mask = prompts(tensors, meta, 0)
-    ids = meta["tokens"]
-    block = [ids["mask_start"], *[ids["seg"]] * meta["num_queries"], ids["mask_end"]]
+    args, ids = asked
+    block = [ids["mask_start"], *[ids["seg"]] * args[0].config.num_queries, ids["mask_end"]]
     phrase = [ids["ref_start"], 20, ids["ref_end"]]
     plans = [[*phrase, 30, 31], [40, 41, 42, 43, 44]]  # then both end
-    args = (model, input_ids, mask, tensors["pixel_values"], tensors["image_grid_thw"])
 
     def choose(step, logits):
         return torch.tensor([plan[step] if step < len(plan) else ids["eos"] for plan in plans])
 
     for limit in range(1, 7):
         decoded = decode(*args, max_new_tokens=limit, choose=choose)
-        for row, plan in enumerate(plans):
-            written = plan[:limit]
-            expected = [*written[:3], *block, *written[3:]] if row == 0 and limit >= 3 else written
-            answer = decoded.input_ids[row, decoded.attention_mask[row]][int(decoded.answer_start[row]) :]
-            assert answer.tolist() == expected
+        with_block = [*phrase, *block, *plans[0][3:limit]] if limit >= 3 else phrase[:limit]
+        assert answers(decoded) == [with_block, plans[1][:limit]]
         assert decoded.finished.tolist() == [limit > len(plan) for plan in plans]
 
 
 @torch.no_grad()
-def test_markup_that_is_not_the_models_to_write_is_never_written(tiny, monkeypatch):
+def test_markup_that_is_not_the_models_to_write_is_never_written(asked, monkeypatch):
     """Each in turn is the most probable; the second best is taken."""
-    model, meta, tensors = tiny
-    model.config.attention_variant = "hybrid"
+    args, ids = asked
+    model, ids, word = args[0], {**ids, "region": 311}, 20
     monkeypatch.setitem(model.config.token_ids, "region", 311)
-    input_ids, mask = prompts(tensors, meta, 0)
-    ids, word = {**meta["tokens"], "region": 311}, 20
     names = ("seg", "mask_start", "mask_end", "region", "pad", "image", "video", "vstart", "vend")
     wanted = iter([ids[name] for name in names])
 
@@ -287,11 +287,8 @@ def test_markup_that_is_not_the_models_to_write_is_never_written(tiny, monkeypat
         return chosen
 
     monkeypatch.setattr(model, "lm_logits", lm_logits)
-    vision = (tensors["pixel_values"], tensors["image_grid_thw"])
-    decoded = decode(model, input_ids, mask, *vision, max_new_tokens=len(names), choose=choose)
-    for row, start in enumerate(decoded.answer_start.tolist()):
-        answer = decoded.input_ids[row, decoded.attention_mask[row]][start:]
-        assert answer.tolist() == [word] * len(names)
+    decoded = decode(*args, max_new_tokens=len(names), choose=choose)
+    assert answers(decoded) == [[word] * len(names)] * 2
 
 
 @torch.no_grad()

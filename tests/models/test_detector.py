@@ -101,7 +101,7 @@ def test_earlier_detections_are_those_of_a_shorter_decoder_in_order(pair, monkey
         monkeypatch.setitem(ours.detr_decoder._modules, "layers", layers[:number])
         shorter = ours(*inputs)
         for name in ("pred_masks", "pred_logits", "pred_boxes", "presence_logits"):
-            torch.testing.assert_close(getattr(detections, name), getattr(shorter, name), rtol=1e-4, atol=1e-4)
+            assert difference(getattr(detections, name), getattr(shorter, name)) < CLOSE, name
 
 
 @torch.no_grad()

@@ -16,7 +16,6 @@ from pycocotools.coco import COCO
 from instructsam.inference.model import InstructSAM
 from instructsam.segmenting.store import ResultStore
 
-REPOSITORY = Path(__file__).parents[2]
 ALL_KINDS = "overlay,masks,coco,labelme"
 
 
@@ -213,7 +212,7 @@ def test_an_interrupted_command_goes_on(lines, world, checkpoint, tmp_path):
     line = ["-m", "instructsam.segment", *pictures, *arguments, "--batch-size", "2"]
     line += ["--checkpoint", str(checkpoint), "--device", "cpu", "--output", str(tmp_path / "out"), "--write", "coco"]
     line += ["--max-new-tokens", "4"]
-    process = forked.start(line)
+    process = forked.Running(line)
     results = tmp_path / "out/results.jsonl"
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and (not results.exists() or results.read_bytes().count(b"\n") < 5):

@@ -1,14 +1,16 @@
-"""Runs `instructsam.train` under FSDP2 on a CPU (started by a test), where accelerate itself has FSDP for GPUs only."""
+"""Runs a module under FSDP2 on a CPU (started by a test), where accelerate itself has FSDP for GPUs only.
+
+python -m fsdp_on_cpu MODULE ARGUMENT...
+"""
 
 from __future__ import annotations
 
+import runpy
 import sys
 
 import torch
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
-
-from instructsam.train import main
 
 
 def prepare_backend(self, cpu=False, sagemaker_dp=False, backend=None):
@@ -23,5 +25,5 @@ PartialState._prepare_backend = prepare_backend
 PartialState.set_device = set_device
 
 if __name__ == "__main__":
-    sys.argv[0] = "instructsam.train"
-    main()
+    sys.argv = sys.argv[1:]
+    runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)

@@ -18,11 +18,12 @@ import torch
 
 import instructsam.train
 from instructsam.training import checkpointing
-from instructsam.training.checkpoint_files import STATE_FILE
+from instructsam.training.checkpoint_files import STATE_FILE, path_of
 from instructsam.training.engines import Engine
 
 MOMENT, STEP = sys.argv[1], int(sys.argv[2])
-FOLDER = f"step_{STEP:06d}"
+OUTPUT = Path(next(part for part in sys.argv if part.startswith("output_dir=")).removeprefix("output_dir="))
+CHECKPOINT = path_of(OUTPUT, STEP)
 
 
 def kill() -> None:
@@ -34,7 +35,7 @@ def kill_half_way(write, path_of):
 
     def written(*arguments):
         path = path_of(*arguments)
-        here = path.parent.name == f"{FOLDER}.tmp"
+        here = path.parent.name == f"{CHECKPOINT.name}.tmp"
         if here and MOMENT == "folder":
             kill()
         write(*arguments)
@@ -47,10 +48,10 @@ def kill_half_way(write, path_of):
 
 def kill_around(publish):
     def published(temporary, final):
-        if MOMENT == "publish" and final.name == FOLDER:
+        if MOMENT == "publish" and final == CHECKPOINT:
             kill()
         publish(temporary, final)
-        if MOMENT == "prune" and final.name == FOLDER:
+        if MOMENT == "prune" and final == CHECKPOINT:
             kill()
 
     return published
@@ -58,7 +59,7 @@ def kill_around(publish):
 
 def kill_in_step(backward):
     def in_step(self, loss):
-        if MOMENT == "step" and (OUTPUT / "checkpoints" / f"step_{STEP - 1:06d}").exists():  # the step before is done
+        if MOMENT == "step" and path_of(OUTPUT, STEP - 1).exists():  # the step before is done
             kill()
         backward(self, loss)
 
@@ -70,7 +71,6 @@ torch.save = kill_half_way(torch.save, lambda _, path: Path(path))
 checkpointing.write_state = kill_half_way(checkpointing.write_state, lambda folder, _: folder / STATE_FILE)
 checkpointing.publish = kill_around(checkpointing.publish)
 Engine.backward = kill_in_step(Engine.backward)
-OUTPUT = Path(next(part for part in sys.argv if part.startswith("output_dir=")).removeprefix("output_dir="))
 
 if __name__ == "__main__":
     sys.argv = ["instructsam.train", *sys.argv[3:]]

@@ -44,22 +44,22 @@ def environment(engine: str) -> dict[str, str]:
             "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": str(zero["gradient_accumulation_steps"]),
         }
     if engine == "fsdp2":
-        values = {name.upper(): str(value) for name, value in settings["fsdp_config"].items()}
-        return {"ACCELERATE_USE_FSDP": "true"} | {
-            name: value.lower() if value in ("True", "False") else value for name, value in values.items()
-        }
+        variables = {"ACCELERATE_USE_FSDP": "true"}
+        for name, value in settings["fsdp_config"].items():
+            variables[name.upper()] = str(value).lower() if isinstance(value, bool) else str(value)
+        return variables
     return {"ACCELERATE_USE_CPU": "true"}
 
 
-def through(engine: str) -> list[str]:
-    """What starts a module under this engine on a CPU."""
-    return ["zero_on_cpu"] if engine in NAMED else []
+def under(engine: str, module: str) -> list[str]:
+    """What runs a module in float64 under this engine on a CPU."""
+    runner = ["fsdp_on_cpu"] if engine == "fsdp2" else ["zero_on_cpu"] if engine in NAMED else []
+    return ["-m", "double_precision", *runner, module]
 
 
 def train(output: Path, data: Path, *overrides: str, engine: str = "", processes: int = 1) -> str:
     """Train the tiny model from scratch, in float64; returns what it printed."""
-    module = ["fsdp_on_cpu"] if engine == "fsdp2" else [*through(engine), "instructsam.train"]
-    command = ["-m", "double_precision", *module, "experiment=tiny_stage2", f"data.root={data}"]
+    command = [*under(engine, "instructsam.train"), "experiment=tiny_stage2", f"data.root={data}"]
     command += ["model.checkpoint=null", f"model.tokenizer={data}/tokenizer", "optim.freeze=[embed_tokens]"]
     command += [f"output_dir={output}", "trainer.log_every=1", *overrides]
     result = forked.run(command, processes, **environment(engine))
@@ -180,8 +180,8 @@ def test_a_step_that_is_not_finite_is_left_out(tmp_path, engine):
     pytest.importorskip("deepspeed")
     settings = json.dumps({"per_device_batch_size": 2, "nonfinite": "skip"})
     for name in (engine, "ddp"):
-        command = ["-m", "double_precision", *through(name), "multiprocess_toy", tmp_path / name]
-        result = forked.run([*command, "--settings", settings, "--bad-index", 7], processes=2, **environment(name))
+        command = [*under(name, "multiprocess_toy"), tmp_path / name, "--settings", settings, "--bad-index", 7]
+        result = forked.run(command, processes=2, **environment(name))
         assert result.returncode == 0, result.stderr[-3000:]
     found, expected = losses(tmp_path / engine), losses(tmp_path / "ddp")
     assert [loss is None for loss in found] == [loss is None for loss in expected] and None in found[:4]

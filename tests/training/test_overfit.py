@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import forked
 import pytest
 from tiny_fixtures import settings_of
 
 from instructsam.training.overfit import verdict
-
-REPOSITORY = Path(__file__).parents[2]
 
 
 def losses(*values: float) -> list[dict[str, float]]:

@@ -32,7 +32,6 @@ from instructsam.training.config import TrainerConfig
 from instructsam.training.optim import OptimConfig, build_optimizer
 from instructsam.training.precision import cast_frozen
 
-REPOSITORY = Path(__file__).parents[2]
 LAYERS, LANGUAGE = 4, "model.vlm.language_model"
 # Tensors of the detector that no output depends on (`InstructSAMModel.freeze_unused`).
 UNUSED = (

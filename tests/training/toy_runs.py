@@ -11,12 +11,11 @@ import multiprocess_toy as toy
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from double_precision import CLOSE
 from safetensors.torch import load_file
 
 from instructsam.training.checkpoint_files import FOLDER
 from instructsam.training.checkpointing import WEIGHTS_FILE
-
-TOY = Path(toy.__file__)
 
 
 @pytest.fixture(autouse=True)
@@ -28,8 +27,10 @@ def on_cpu(monkeypatch):
     AcceleratorState._reset_state(True)
 
 
-def run_script(*arguments, processes: int = 1, seconds: float = 300, **variables: str) -> subprocess.CompletedProcess:
-    return forked.run([TOY, *arguments], processes, seconds=seconds, **{"ACCELERATE_USE_CPU": "true", **variables})
+def run_script(*arguments, processes: int = 1, exact: bool = False, **variables: str) -> subprocess.CompletedProcess:
+    """Train the toy in processes of its own; exact: in float64."""
+    command = ["-m", *(["double_precision"] if exact else []), "multiprocess_toy", *arguments]
+    return forked.run(command, processes, **{"ACCELERATE_USE_CPU": "true", **variables})
 
 
 def lines_of(path: Path) -> list[dict]:
@@ -68,7 +69,7 @@ def weights_of(folder: Path, step: int = 8) -> dict[str, torch.Tensor]:
     return load_file(folder / FOLDER / f"step_{step:06d}" / WEIGHTS_FILE)
 
 
-def assert_same_training(one: Path, other: Path, tolerance: float) -> None:
+def assert_same_training(one: Path, other: Path, tolerance: float = CLOSE) -> None:
     for a, b in zip(losses_of(one), losses_of(other), strict=True):
         assert a["terms"] == pytest.approx(b["terms"], abs=tolerance)
         assert a["loss"] == pytest.approx(b["loss"], abs=tolerance)
