@@ -28,6 +28,8 @@ python="$PWD/$environment/bin/python"
 
 # One thread a process: several that share a few cores spin against each other and are many times slower.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" TOKENIZERS_PARALLELISM=false
+# What a process compiles, the next one reads; empty means that compiled files are kept.
+export PYTHONDONTWRITEBYTECODE=
 # No test may need a network.
 export HF_HUB_OFFLINE=1 WANDB_MODE=offline
 

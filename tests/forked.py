@@ -2,9 +2,9 @@
 
 A process started with ``python -m instructsam.train`` spends 6 to 9 s of CPU on importing torch and transformers. Here
 it is forked from a process that has imported them (`preloaded`) and knows nothing else: in the repository's root it
-runs the module or script as ``python`` would, with its own arguments, environment and output, and ends with its own exit
-code. With several processes, each is told its rank as torchrun tells it. How a user's shell and torchrun start our
-commands is tested in test_launch.py, test_install.py and test_own_data_guide.py.
+runs the module or script as ``python`` would, with its own arguments, environment and output, and ends with its own
+exit code. With several processes, each is told its rank as torchrun tells it. How a user's shell and torchrun start
+our commands is tested in test_launch.py, test_install.py and test_own_data_guide.py.
 """
 
 from __future__ import annotations
