@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hydra._internal.hydra
+import hydra.core.override_parser.overrides_parser  # noqa: F401
+
 import instructsam.evaluation.session  # noqa: F401
 import instructsam.inference.model  # noqa: F401
 import instructsam.training.build  # noqa: F401

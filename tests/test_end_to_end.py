@@ -166,6 +166,7 @@ def test_training_from_scratch(more, world, tmp_path):
         "trainer.per_device_batch_size=2",
         "trainer.eval_every=2",
         "evaluation.num_instructions=4",
+        "evaluation.max_new_tokens=6",
         "evaluation.gallery_rows=2",
         "trainer.progress_bar=false",
     )
@@ -217,7 +218,8 @@ def test_evaluation_skips_bad_records_and_only_one_rank_paints(world, tmp_path, 
     shutil.copytree(world, tmp_path / "world")
     next((tmp_path / "world/val/images").iterdir()).unlink()
     options = [f"data.root={tmp_path / 'world'}", f"output_dir={tmp_path / 'run'}"]
-    settings = settings_of("train", *options, "evaluation.num_instructions=2", "evaluation.gallery_rows=1")
+    options += ["evaluation.num_instructions=2", "evaluation.max_new_tokens=6", "evaluation.gallery_rows=1"]
+    settings = settings_of("train", *options)
     task = build_task(settings)
     with pytest.raises(ValueError, match="no file"):
         periodic_evaluation(task, settings)
@@ -229,6 +231,9 @@ def test_evaluation_skips_bad_records_and_only_one_rank_paints(world, tmp_path, 
     monkeypatch.setenv("RANK", "0")
     assert evaluate_task(1, task.objective) == other
     assert (tmp_path / "run/samples/step_000001.png").stat().st_size > 0
+    settings["evaluation"]["max_new_tokens"] = 0
+    with pytest.raises(ValueError, match="max_new_tokens=0"):
+        evaluate_task(1, task.objective)
     settings["trainer"]["best_metric"] = "ap50"
     with pytest.raises(ValueError, match="best_metric=ap50 is none of mAP, AP50"):
         periodic_evaluation(task, settings)

@@ -33,7 +33,7 @@ def periodic_evaluation(task: Task, settings: Mapping[str, Any]) -> Callable[[in
 
     Args:
         settings: the training configuration; its ``evaluation`` has data, num_instructions, threshold,
-            batch_size, gallery_rows.
+            batch_size, max_new_tokens, gallery_rows.
     """
     options, data = settings["evaluation"], settings["data"]
     best = settings["trainer"]["best_metric"]
@@ -56,7 +56,7 @@ def periodic_evaluation(task: Task, settings: Mapping[str, Any]) -> Callable[[in
     def evaluate(step: int, objective: nn.Module) -> dict[str, float]:
         model = cast(InstructSAMModel, objective.model)
         was_training = model.training
-        predictor = Predictor(model, task.processor)
+        predictor = Predictor(model, task.processor, max_new_tokens=options["max_new_tokens"])
         with autocast_if_mixed(model):
             records = run(
                 predictor, items, threshold=options["threshold"], batch_size=options["batch_size"], progress=False

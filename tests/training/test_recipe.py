@@ -203,6 +203,7 @@ def stages(world, tmp_path_factory) -> Path:
     """Stage 1, merged, and stage 2 from it, two steps each with the tiny model; evaluated on the way."""
     folder = tmp_path_factory.mktemp("stages")
     evaluation = ["trainer.eval_every=2", "evaluation.num_instructions=4", "evaluation.gallery_rows=2"]
+    evaluation += ["evaluation.max_new_tokens=6"]
     grouped = "data.group_by=masks"
     first = train(settings_of("train", *overrides(1, world, folder / "one", grouped, *evaluation)))
     assert first["status"] == "complete" and "mAP" in first["metrics"]

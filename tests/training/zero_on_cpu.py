@@ -18,6 +18,7 @@ import torch
 if __name__ == "__main__":
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # DeepSpeed decorates what it imports with `torch.compile`
     # Not `import deepspeed.comm.torch`: in that package the name is torch itself.
     importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None
     sys.argv = sys.argv[1:]
