@@ -5,7 +5,7 @@
 #   scripts/test.sh --fast             without the tests that take long or start processes
 #   scripts/test.sh -k matching        further arguments go to pytest
 #   PYTHON=python3.12 scripts/test.sh  another interpreter
-#   JOBS=8 scripts/test.sh             so many tests at once (default: one a core)
+#   JOBS=8 scripts/test.sh             so many tests at once (default: one more than cores, as some wait)
 #
 # The environment is built anew when pyproject.toml, constraints.txt or the interpreter changes, and reused otherwise.
 set -euo pipefail
@@ -39,27 +39,32 @@ contents = b"".join(pathlib.Path(name).read_bytes() for name in sys.argv[1:])
 print(hashlib.sha256(contents + sys.version.encode()).hexdigest())
 PY
 )"
+fresh=
 echo "== environment"
 if [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ]; then
     echo "$environment is up to date"
 else
     echo "installing into $environment, which takes a few minutes"
+    fresh=yes
     rm -rf "$environment"
     "$interpreter" -m venv "$environment"
     torch="$(grep -E '^torch==' constraints.txt)"
-    pip() { "$python" -m pip install --quiet --no-compile -c constraints.txt "$@"; } # compiled when imported: few are
+    pip() { "$python" -m pip install --quiet --no-compile -c constraints.txt "$@"; } # compiled when imported: not all are
     pip "$torch" # by itself first, as the largest part
     pip -e ".[dev,lora,tracking,deepspeed,bnb,plots,demo,serve,supervision]"
     echo "$wanted" >"$stamp"
 fi
 "$python" --version
-jobs="${JOBS:-$("$python" -c 'import os; print(os.cpu_count())')}"
+jobs="${JOBS:-$("$python" -c 'import os; print(os.cpu_count() + 1)')}"
 
 checks="$(mktemp)"
 PYTHON="$python" scripts/check.sh >"$checks" 2>&1 & # beside the tests: types take a minute of one core
 checking=$!
 trap 'kill "$checking" 2>/dev/null; rm -f "$checks"' EXIT
 
+if [ -n "$fresh" ]; then # compiles what is imported, once and not once for each of those that run tests
+    "$python" -m pytest --collect-only -q >/dev/null 2>&1 || true # what it found wrong comes up again
+fi
 failed=0
 echo "== pytest, $jobs at once"
 "$python" -m pytest --numprocesses "$jobs" --dist loadfile --no-loadscope-reorder ${selected[@]+"${selected[@]}"} "$@" || failed=1
