@@ -1,10 +1,10 @@
 """Commands in real processes of their own, without 9 seconds of imports each.
 
 A process started with ``python -m instructsam.train`` spends 6 to 9 s of CPU on importing torch and transformers. Here
-it is forked from a process that has imported them (`preloaded`) and knows nothing else: in its folder it runs the
-module or script as ``python`` would, with its own arguments, environment and output, and ends with its own exit code.
-With several processes, each is told its rank as torchrun tells it. How a user's shell and torchrun start our commands
-is tested in test_launch.py and test_install.py.
+it is forked from a process that has imported them (`preloaded`) and knows nothing else: in the repository's root it
+runs the module or script as ``python`` would, with its own arguments, environment and output, and ends with its own
+exit code. With several processes, each is told its rank as torchrun tells it. How a user's shell and torchrun start
+our commands is tested in test_launch.py, test_install.py and test_own_data_guide.py.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["preloaded"])
 
 
-def _run(program: Sequence[str], folder: str, variables: dict[str, str], stdout: str, stderr: str) -> None:
+def _run(program: Sequence[str], variables: dict[str, str], stdout: str, stderr: str) -> None:
     """In the new process: become the program."""
     for number, path in ((1, stdout), (2, stderr)):
         file = os.open(path, os.O_WRONLY | os.O_APPEND)
@@ -41,7 +41,7 @@ def _run(program: Sequence[str], folder: str, variables: dict[str, str], stdout:
         os.close(file)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # as from a terminal, wherever the tests run
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
-    os.chdir(folder)
+    os.chdir(REPOSITORY)
     os.environ.clear()
     os.environ.update(variables)
     import torch
@@ -50,7 +50,7 @@ def _run(program: Sequence[str], folder: str, variables: dict[str, str], stdout:
     try:
         if program[0] == "-m":
             sys.argv = list(program[1:])
-            sys.path.insert(0, folder)
+            sys.path.insert(0, str(REPOSITORY))
             runpy.run_module(program[1], run_name="__main__", alter_sys=True)
         else:
             sys.argv = list(program)
@@ -64,14 +64,13 @@ class Running:
     """``python PROGRAM...`` (``-m MODULE ARGUMENT...`` or ``SCRIPT ARGUMENT...``) in so many processes.
 
     Args:
-        cwd: its working directory.
         variables: of the environment, beside this process's own and one thread for OpenMP.
 
     Attributes:
         ranks: a `multiprocessing.Process` each.
     """
 
-    def __init__(self, program: Sequence[object], processes: int = 1, cwd: Path = REPOSITORY, **variables: str):
+    def __init__(self, program: Sequence[object], processes: int = 1, **variables: str):
         self._output = tempfile.TemporaryDirectory()
         self._files = [str(Path(self._output.name, name)) for name in ("stdout", "stderr")]
         for path in self._files:
@@ -90,7 +89,7 @@ class Running:
             if processes > 1:
                 own |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
                 own |= {"LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-            arguments = ([str(part) for part in program], str(cwd), own, *self._files)
+            arguments = ([str(part) for part in program], own, *self._files)
             self.ranks.append(_CONTEXT.Process(target=_run, args=arguments))
             self.ranks[-1].start()
 
@@ -119,7 +118,7 @@ class Running:
 
 
 def run(
-    program: Sequence[object], processes: int = 1, seconds: float = 600, cwd: Path = REPOSITORY, **variables: str
+    program: Sequence[object], processes: int = 1, seconds: float = 600, **variables: str
 ) -> subprocess.CompletedProcess[str]:
     """Start it, wait for the end, and return what was printed and the exit code. See `Running`."""
-    return Running(program, processes, cwd, **variables).finish(seconds)
+    return Running(program, processes, **variables).finish(seconds)

@@ -17,9 +17,11 @@ from tiny_fixtures import settings_of
 from instructsam.data.coco_instructions import read_coco_instructions
 from instructsam.evaluate import evaluate
 from instructsam.evaluation.reliance import same_image, same_instruction
+from instructsam.evaluation.runner import run
 from instructsam.models.checkpoints import replace_folder
 from instructsam.predictor import Predictor
 from instructsam.train import train
+from instructsam.training import evaluating
 from instructsam.training.build import build_task
 from instructsam.training.evaluating import periodic_evaluation
 
@@ -225,15 +227,17 @@ def test_evaluation_skips_bad_records_and_only_one_rank_paints(world, tmp_path, 
         periodic_evaluation(task, settings)
     settings["data"]["on_bad"] = "skip"
     evaluate_task = periodic_evaluation(task, settings)
+    limits = []
+    monkeypatch.setattr(evaluating, "run", lambda one, *a, **k: limits.append(one.max_new_tokens) or run(one, *a, **k))
     monkeypatch.setenv("RANK", "1")
     other = evaluate_task(1, task.objective)
     assert not (tmp_path / "run").exists()
     monkeypatch.setenv("RANK", "0")
-    assert evaluate_task(1, task.objective) == other
+    assert evaluate_task(1, task.objective) == other and limits == [6, 6]
     assert (tmp_path / "run/samples/step_000001.png").stat().st_size > 0
     settings["evaluation"]["max_new_tokens"] = 0
     with pytest.raises(ValueError, match="max_new_tokens=0"):
-        evaluate_task(1, task.objective)
+        periodic_evaluation(task, settings)
     settings["trainer"]["best_metric"] = "ap50"
     with pytest.raises(ValueError, match="best_metric=ap50 is none of mAP, AP50"):
         periodic_evaluation(task, settings)

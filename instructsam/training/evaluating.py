@@ -39,6 +39,8 @@ def periodic_evaluation(task: Task, settings: Mapping[str, Any]) -> Callable[[in
     best = settings["trainer"]["best_metric"]
     if best is not None and best.removeprefix("-") not in KEYS:
         raise ValueError(f"trainer.best_metric={best} is none of {', '.join(KEYS)} (with - in front: lowest)")
+    if options["max_new_tokens"] < 1:
+        raise ValueError(f"evaluation.max_new_tokens={options['max_new_tokens']}: must be at least 1")
     if options["data"] not in ("val", "train"):
         raise ValueError(f"evaluation.data={options['data']!r} is neither val nor train")
     if options["data"] == "train":

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
-import forked
 import pytest
 from tiny_fixtures import settings_of
 
@@ -72,16 +73,17 @@ def test_end_to_end(world, tmp_path):
     test = [f"benchmark.root={world}", "limit=6", "max_new_tokens=8", "query_reliance=false", "threads=1", "workers=0"]
     test += ["bootstrap=0", "html=false", "gallery_rows=0"]
     command = [
-        *("-m", "instructsam.ablate", "experiment=ablation/query_mode", f"output_dir={tmp_path}/out"),
+        *(sys.executable, "-m", "instructsam.ablate", "experiment=ablation/query_mode", f"output_dir={tmp_path}/out"),
         *("ablation.seeds=[0]", f"ablation.train={stages}", f"ablation.evaluate={test}"),  # as Python writes lists
         *("bootstrap=20", "+ablation.cells.swapped={trained_as:add,evaluate:['attention_variant=isolated']}"),
     ]
-    first = forked.run([*command[:2], "-m", *command[2:], "only=replace/0,add/0"])
+    swept = [command[0], command[1], command[2], "-m", *command[3:], "only=replace/0,add/0"]
+    first = subprocess.run(swept, capture_output=True, text=True, check=False)
     assert first.returncode == 0, first.stdout + first.stderr
     cells = Path(tmp_path / "out/cells")
     assert (cells / "add/seed_0/eval/metrics.json").is_file() and not (cells / "swapped").exists()
     losses = (cells / "add/seed_0/train/bridge/losses.jsonl").stat().st_mtime_ns
-    second = forked.run(command)
+    second = subprocess.run(command, capture_output=True, text=True, check=False)
     assert second.returncode == 0, second.stdout + second.stderr
     assert (cells / "add/seed_0/train/bridge/losses.jsonl").stat().st_mtime_ns == losses
     found = json.loads((tmp_path / "out/figures.json").read_text())
@@ -95,5 +97,5 @@ def test_end_to_end(world, tmp_path):
         "ablation.train=['trainer.max_steps=2','data.root=/nowhere']",
         "only=add/1",
     ]
-    failed = forked.run(broken)
+    failed = subprocess.run(broken, capture_output=True, text=True, check=False)
     assert failed.returncode == 1 and "add/1: failed (bridge: exit code 1:" in failed.stdout, failed.stdout

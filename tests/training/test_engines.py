@@ -20,15 +20,15 @@ from safetensors.torch import load_file
 REPOSITORY = Path(__file__).parents[2]
 ENGINES = ("ddp", "zero1", "zero2", "zero3", "fsdp2")
 STEPS = [
-    "trainer.max_steps=2",
-    "trainer.checkpoint_every=1",
-    "trainer.eval_every=2",
+    "trainer.max_steps=4",
+    "trainer.checkpoint_every=2",
+    "trainer.eval_every=4",
     "evaluation.num_instructions=2",
     "evaluation.max_new_tokens=6",
     "data.turns_per_image=2",
     "evaluation.gallery_rows=1",
 ]
-LAST = "step_000002"
+LAST = "step_000004"
 NAMED = {"zero1": "1", "zero2": "2", "zero3": "3"}
 
 pytestmark = [pytest.mark.slow, pytest.mark.multiprocess]
@@ -114,9 +114,9 @@ def one_rank_without_masks(world: Path, folder: Path) -> Path:
 
 @pytest.mark.parametrize("masks", ["in every batch", "on one rank only"])
 def test_gradients_do_not_depend_on_the_split(world, tmp_path, masks):
-    """1 x batch 4, 2 x batch 2, 2 x batch 1 x accumulation 2: the same loss, gradient and weights after the step."""
+    """1 x batch 4, 2 x batch 2, 2 x batch 1 x accumulation 2: the same gradient, and the same two steps."""
     settings = [
-        "trainer.max_steps=1",
+        "trainer.max_steps=2",
         "trainer.checkpoint_every=1",
         "trainer.keep_checkpoints=0",
         "trainer.clip_norm=0",
@@ -149,7 +149,7 @@ def reference(world, tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_engines_agree_save_and_resume(world, tmp_path, reference, engine):
-    """Two steps on 2 processes are those of DDP. Then from step 1 again, in other processes: the same bytes."""
+    """Four steps on 2 processes are those of DDP. Then from step 2 again, in other processes: the same bytes."""
     if engine in NAMED and importlib.util.find_spec("deepspeed") is None:
         pytest.skip("deepspeed is not installed")
     settings = [*STEPS, "trainer.per_device_batch_size=1", "trainer.accumulation=2"]
@@ -171,7 +171,7 @@ def test_engines_agree_save_and_resume(world, tmp_path, reference, engine):
 
 
 def test_a_run_goes_on_with_another_engine_and_number_of_processes(world, tmp_path, reference):
-    """From step 1 of 2 processes under DDP to one alone, from the same sample on."""
+    """From step 2 of 2 processes under DDP to one alone, from the same sample on."""
     shutil.copytree(reference, tmp_path / "one")
     shutil.rmtree(tmp_path / "one" / "checkpoints" / LAST)
     said = train(tmp_path / "one", world, *STEPS, "trainer.per_device_batch_size=4")
@@ -179,7 +179,7 @@ def test_a_run_goes_on_with_another_engine_and_number_of_processes(world, tmp_pa
     assert losses(tmp_path / "one") == pytest.approx(losses(reference), rel=CLOSE)
     assert_same_weights(tmp_path / "one", reference)
     state = json.loads((tmp_path / "one" / "checkpoints" / LAST / "state.json").read_text())
-    assert state["processes"] == 1 and state["sampler"]["samples"] == 8
+    assert state["processes"] == 1 and state["sampler"]["samples"] == 16
 
 
 @pytest.mark.parametrize("engine", ["zero1", "zero2", "zero3"])

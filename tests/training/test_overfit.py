@@ -42,17 +42,16 @@ def test_it_is_evaluated_on_what_it_trains_on():
 
 @pytest.mark.slow
 def test_the_command_learns_its_scenes(world, tmp_path):
-    """Two scenes in 200 of the 400 steps: the loss falls to a 20th, the words are right, and masks are found."""
+    """In 160 of the 400 steps: the loss falls to a 20th, the words are right, and masks are found."""
     command = ["-m", "instructsam.train", "debug=overfit", f"data.root={world}", f"output_dir={tmp_path}/run"]
-    command += ["data.limit=2", "trainer.per_device_batch_size=2", "trainer.max_steps=200", "trainer.eval_every=200"]
-    command += ["trainer.progress_bar=false"]
+    command += ["trainer.max_steps=160", "trainer.eval_every=160", "trainer.progress_bar=false"]
     done = forked.run(command, seconds=900)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "overfit: the loss went from" in done.stdout
     records = [json.loads(line) for line in (tmp_path / "run" / "losses.jsonl").read_text().splitlines()]
-    assert len(records) == 200
+    assert len(records) == 160
     end = records[-10:]
     assert sum(r["loss"] for r in end) / 10 < records[0]["loss"] / 20
     assert all(r["terms"]["language"] < 0.05 for r in end)
     (evaluation,) = [json.loads(line) for line in (tmp_path / "run" / "evaluations.jsonl").read_text().splitlines()]
-    assert evaluation["metrics"]["phrase_accuracy"] == 1.0 and evaluation["metrics"]["AP50"] > 0.15  # 0.31; 0 at 80
+    assert evaluation["metrics"]["phrase_accuracy"] == 1.0 and evaluation["metrics"]["AP50"] > 0.3
