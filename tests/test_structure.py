@@ -210,15 +210,11 @@ def loaded_after(statement: str) -> set[str]:
         ("import instructsam", ["deepspeed", "wandb", "gradio", "matplotlib", "torch", "instructsam.training"]),
         ("import instructsam.cli", ["torch", "hydra", "instructsam.train"]),
         (
-            "from instructsam import InstructSAM",
+            "from instructsam import InstructSAM; import instructsam.predictor",
             ["deepspeed", "wandb", "gradio", "fastapi", "matplotlib", "hydra", "supervision", "instructsam.training"],
         ),
         ("import instructsam.masks, instructsam.structures", ["torch", "transformers", "scipy"]),
         ("import instructsam.evaluation.metrics, instructsam.evaluation.report", ["torch", "transformers", "hydra"]),
-        (
-            "import instructsam.predictor",
-            ["deepspeed", "wandb", "gradio", "matplotlib", "hydra", "instructsam.training"],
-        ),
         ("import instructsam.visualization", ["transformers", "matplotlib", "instructsam.models"]),
     ],
 )
