@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from instructsam.masks import decode, encode_batch, pairwise_iou
-from instructsam.processing.images import ImageSource, load_image
+from instructsam.processing.image_files import ImageSource, load_image
 from instructsam.structures import RLE, Instance
 
 Color: TypeAlias = tuple[int, int, int]

@@ -37,7 +37,7 @@ from instructsam.models.lora import TARGETS, LoraSettings
 from instructsam.models.modeling import InstructSAMModel
 from instructsam.models.placement import as_device, as_dtype
 from instructsam.predictor import Predictor
-from instructsam.processing.images import load_image
+from instructsam.processing.image_files import load_image
 from instructsam.processing.special_tokens import add_special_tokens
 from instructsam.processing.tokenizer import build_word_tokenizer, split_words
 

@@ -41,6 +41,7 @@ def _run(program: Sequence[str], variables: dict[str, str], stdout: str, stderr:
         os.close(file)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # as from a terminal, wherever the tests run
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    multiprocessing.set_start_method(None, force=True)  # the platform's, as a program starts; not how this one started
     os.chdir(REPOSITORY)
     os.environ.clear()
     os.environ.update(variables)

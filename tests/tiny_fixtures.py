@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,12 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 
 
 def settings_of(name: str, *overrides: str) -> dict[str, Any]:
-    """A composed and resolved configuration."""
+    """A composed and resolved configuration, to do with as one likes."""
+    return copy.deepcopy(_composed(name, overrides))
+
+
+@functools.cache
+def _composed(name: str, overrides: tuple[str, ...]) -> dict[str, Any]:
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         config = compose(name, overrides=list(overrides))
     values = OmegaConf.to_container(config, resolve=True)

@@ -23,7 +23,7 @@ from instructsam.data.composition import Composition
 from instructsam.data.limits import Limits
 from instructsam.data.samples import Mixture, Samples, SampleSizes
 from instructsam.errors import DataError, at
-from instructsam.processing.images import load_image
+from instructsam.processing.image_files import load_image
 from instructsam.processing.processor import InstructSAMProcessor
 from instructsam.structures import Sample
 

@@ -21,7 +21,8 @@ from instructsam.data.samples import Samples, SampleSizes, text_bytes
 from instructsam.data.wording import ADDED_BYTES
 from instructsam.errors import DataError, at
 from instructsam.processing.chat import ChatTurn
-from instructsam.processing.images import MAX_ASPECT_RATIO, VLMImageTransform
+from instructsam.processing.image_files import MAX_ASPECT_RATIO
+from instructsam.processing.images import VLMImageTransform
 from instructsam.processing.processor import InstructSAMProcessor
 from instructsam.structures import Sample, Turn
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from instructsam.data.checks import Place, Problem, is_whole
 from instructsam.errors import kind_of
-from instructsam.processing.images import MAX_ASPECT_RATIO, load_image
+from instructsam.processing.image_files import MAX_ASPECT_RATIO, load_image
 
 _BATCH = 32
 _WAITING = 4

@@ -29,7 +29,7 @@ from instructsam.data.checks import Place, Skips, check_four, check_size
 from instructsam.data.eval_split import as_phrase
 from instructsam.data.json_stream import stream_records
 from instructsam.errors import DataError
-from instructsam.processing.images import READ_ERRORS
+from instructsam.processing.image_files import READ_ERRORS
 from instructsam.structures import RLE, PhraseTarget, Sample, Turn
 from instructsam.words import is_text
 

@@ -13,7 +13,7 @@ from PIL import Image
 
 from instructsam.errors import DataError
 from instructsam.processing.chat import ChatTurn
-from instructsam.processing.images import READ_ERRORS, load_image
+from instructsam.processing.image_files import READ_ERRORS, load_image
 from instructsam.words import are_phrases, asked_by, fault_of
 
 ADDRESSES = ("http://", "https://", "ftp://", "s3://", "gs://", "data:")

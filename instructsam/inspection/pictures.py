@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw
 from instructsam import masks
 from instructsam.data.augmentation import PictureChange
 from instructsam.errors import DataError
-from instructsam.processing.images import load_image
+from instructsam.processing.image_files import load_image
 from instructsam.structures import Sample, Turn
 from instructsam.visualization import FAINT, INK, PAPER, grid, instance_colors, overlay, text_font, wrap_text
 

@@ -17,7 +17,8 @@ from torch import Tensor
 from instructsam.errors import DataError, at
 from instructsam.masks import encode_batch
 from instructsam.processing.chat import IGNORED, ChatLayout, ChatTurn, EncodedChat, Turns
-from instructsam.processing.images import DetectorImageTransform, ImageSource, VLMImageTransform, load_image
+from instructsam.processing.image_files import ImageSource, load_image
+from instructsam.processing.images import DetectorImageTransform, VLMImageTransform
 from instructsam.processing.pretrained import PretrainedProcessor
 from instructsam.processing.targets import MASK_RESIZES, collate_targets, phrase_targets
 from instructsam.structures import DEFAULT_THRESHOLD, Instance, Sample

@@ -21,7 +21,7 @@ from instructsam.inference.model import InstructSAM
 from instructsam.inference.questions import OutOfMemory, Question
 from instructsam.inference.results import Result
 from instructsam.inference.selection import check_selection
-from instructsam.processing.images import load_image
+from instructsam.processing.image_files import load_image
 from instructsam.serving.batching import Batcher, Overloaded, Room
 from instructsam.serving.docs_page import docs_page
 from instructsam.serving.limits import Limits, TooLarge, number

@@ -9,7 +9,7 @@ from PIL import Image
 
 from instructsam.errors import DataError
 from instructsam.inference.inputs import open_bytes
-from instructsam.processing.images import load_image
+from instructsam.processing.image_files import load_image
 from instructsam.structures import DEFAULT_THRESHOLD
 from instructsam.words import asked_by
 

@@ -22,7 +22,7 @@ from smoke_measure import machine
 
 from instructsam.inference.model import InstructSAM
 from instructsam.models.placement import as_device, as_dtype
-from instructsam.processing.images import load_image
+from instructsam.processing.image_files import load_image
 
 OTHER = ("the hand", "the cap")
 

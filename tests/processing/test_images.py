@@ -15,7 +15,8 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from turned_pictures import STORED, save_turned
 
 from instructsam.errors import DataError
-from instructsam.processing.images import DetectorImageTransform, VLMImageTransform, load_image
+from instructsam.processing.image_files import load_image
+from instructsam.processing.images import DetectorImageTransform, VLMImageTransform
 
 GREY_LEVELS = 127.5  # one unit of the normalised range
 
