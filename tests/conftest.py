@@ -42,7 +42,7 @@ from browser_fixtures import chromium  # noqa: E402, F401
 from golden_fixtures import golden  # noqa: E402, F401
 from hub_fixtures import qwen3_vl_dir, sam3_dir, sharded_qwen3_vl_dir, sharded_sam3_dir  # noqa: E402, F401
 from pretended_hub import uploads  # noqa: E402, F401
-from tiny_fixtures import checkpoint, world  # noqa: E402, F401  (fixtures)
+from tiny_fixtures import checkpoint, shallow_checkpoint, world  # noqa: E402, F401  (fixtures)
 
 
 def pytest_collection_modifyitems(items):

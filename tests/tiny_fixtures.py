@@ -12,6 +12,15 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 CONFIGS = Path(__file__).parents[1] / "configs"
+SHALLOW = [
+    "model.config.vlm_config.text_config.num_hidden_layers=2",
+    "model.config.vlm_config.vision_config.depth=2",
+    "model.config.detector_config.vision_config.backbone_config.num_hidden_layers=2",
+    "model.config.detector_config.vision_config.backbone_config.global_attn_indexes=[0,1]",
+    "model.config.detector_config.detr_decoder_config.num_layers=2",
+    "objective.query_box_layers=2",
+]
+"""Of a model with two layers of a kind, the least that can be told from one: time goes by the number of tensors."""
 
 
 def settings_of(name: str, *overrides: str) -> dict[str, Any]:
@@ -38,14 +47,23 @@ def world(tmp_path_factory) -> Path:
     return root
 
 
-@pytest.fixture(scope="session")
-def checkpoint(world, tmp_path_factory) -> Path:
-    """An untrained tiny model, saved."""
+def _saved(world: Path, folder: Path, *overrides: str) -> Path:
     from instructsam.models.factory import build_model
 
-    settings = settings_of("train", f"data.root={world}")
+    settings = settings_of("train", f"data.root={world}", *overrides)
     model, processor = build_model(settings["model"])
-    folder = tmp_path_factory.mktemp("checkpoint") / "model"
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def checkpoint(world, tmp_path_factory) -> Path:
+    """An untrained tiny model, saved."""
+    return _saved(world, tmp_path_factory.mktemp("checkpoint") / "model")
+
+
+@pytest.fixture(scope="session")
+def shallow_checkpoint(world, tmp_path_factory) -> Path:
+    """One with two layers of a kind, for what takes many steps or float64. Objectives need query_box_layers=2."""
+    return _saved(world, tmp_path_factory.mktemp("shallow_checkpoint") / "model", *SHALLOW)

@@ -44,7 +44,8 @@ def main() -> None:
         dataset = Pair(predictor.processor, read_coco_instructions(Path(world), "train")[0], what)
         torch.manual_seed(0)  # the query head's weights, on every rank alike
         criterion = SetCriterion(CriterionConfig(aux=1.0, box_l1=5.0, box_giou=2.0))
-        objective = InstructionObjective(predictor.model.double().train(), criterion, query_box_weight=0.5)
+        model = predictor.model.double().train()
+        objective = InstructionObjective(model, criterion, query_box_weight=0.5, query_box_layers=2)
         settings = {"max_steps": 3, "checkpoint_every": 0, "progress_bar": False}
         config = TrainerConfig(output_dir, per_device_batch_size=int(batch_size), **settings)
         trainer = Trainer(config, objective, dataset, predictor.processor.collate, OptimConfig(lr=1e-3))

@@ -16,6 +16,7 @@ import torch
 import yaml
 from double_precision import CLOSE
 from safetensors.torch import load_file
+from tiny_fixtures import SHALLOW
 
 REPOSITORY = Path(__file__).parents[2]
 ENGINES = ("ddp", "zero1", "zero2", "zero3", "fsdp2")
@@ -29,15 +30,6 @@ STEPS = [
     "evaluation.gallery_rows=1",
 ]
 LAST = "step_000004"
-# Two layers of a kind, the least that can be told from one; the time of a step goes by the number of tensors.
-SHALLOW = [
-    "model.config.vlm_config.text_config.num_hidden_layers=2",
-    "model.config.vlm_config.vision_config.depth=2",
-    "model.config.detector_config.vision_config.backbone_config.num_hidden_layers=2",
-    "model.config.detector_config.vision_config.backbone_config.global_attn_indexes=[0,1]",
-    "model.config.detector_config.detr_decoder_config.num_layers=2",
-    "objective.query_box_layers=2",
-]
 NAMED = {"zero1": "1", "zero2": "2", "zero3": "3"}
 
 pytestmark = [pytest.mark.slow, pytest.mark.multiprocess]

@@ -10,6 +10,7 @@ import forked
 import pytest
 import torch
 from double_precision import CLOSE, difference, float64
+from tiny_fixtures import SHALLOW
 
 from instructsam.data.coco_instructions import read_coco_instructions
 from instructsam.losses.criterion import CriterionConfig, SetCriterion
@@ -28,11 +29,11 @@ def tiny(checkpoint):
 
 
 @pytest.fixture
-def exact(tiny):
-    """The same in float64."""
-    model, processor = tiny
+def exact(shallow_checkpoint):
+    """One of two layers a kind, in float64."""
+    predictor = Predictor.from_pretrained(shallow_checkpoint)
     with float64():
-        yield model.double(), processor
+        yield predictor.model.double().train(), predictor.processor
 
 
 def run(objective, batch):
@@ -101,7 +102,7 @@ def test_a_skipped_item_changes_nothing(exact, world):
     model, processor = exact
     samples = read_coco_instructions(world, "train")[:2]
     items = [processor.encode_sample(sample, True) for sample in (*samples, TALK)]
-    objective = InstructionObjective(model, SetCriterion(FULL), query_box_weight=0.5)
+    objective = InstructionObjective(model, SetCriterion(FULL), query_box_weight=0.5, query_box_layers=2)
     found = []
     for place in (None, 0, 1, 3):
         some = list(items)
@@ -123,7 +124,7 @@ def test_splitting_a_batch_changes_nothing(exact, world):
     model, processor = exact
     samples = read_coco_instructions(world, "train")[:2]
     items = [processor.encode_sample(sample, True) for sample in (*samples, TALK)]
-    objective = InstructionObjective(model, SetCriterion(FULL), query_box_weight=0.5)
+    objective = InstructionObjective(model, SetCriterion(FULL), query_box_weight=0.5, query_box_layers=2)
     run(objective, processor.collate(items))
     whole = {name: p.grad.clone() for name, p in objective.named_parameters() if p.grad is not None}
     parts = [processor.collate(items[:1]), processor.collate(items[1:])]
@@ -147,7 +148,7 @@ def test_unused_tensors_are_frozen(tiny):
 def command(world: Path, output: Path, *more: str) -> list[str]:
     return [
         *("instructsam.train", f"data.root={world}", f"output_dir={output}", "data.turns_per_image=3"),
-        *("trainer.max_steps=2", "trainer.progress_bar=false", "trainer.checkpoint_every=0", *more),
+        *("trainer.max_steps=2", "trainer.progress_bar=false", "trainer.checkpoint_every=0", *SHALLOW, *more),
     ]
 
 
@@ -175,12 +176,12 @@ IMAGELESS = Path(__file__).with_name("multiprocess_imageless.py")
 @pytest.mark.slow
 @pytest.mark.multiprocess
 @pytest.mark.parametrize("what", ["talk", "skipped"])
-def test_a_rank_without_a_picture_does_not_hang(checkpoint, world, tmp_path, what):
+def test_a_rank_without_a_picture_does_not_hang(shallow_checkpoint, world, tmp_path, what):
     """Each step, one of two ranks has a picture and the other has none; the losses are those of one process."""
     rows = []
     for batch_size, processes in ((2, 1), (1, 2)):
         output = tmp_path / str(batch_size)
-        line = (IMAGELESS, checkpoint, world, output, what, batch_size)
+        line = (IMAGELESS, shallow_checkpoint, world, output, what, batch_size)
         done = forked.run(line, processes, ACCELERATE_USE_CPU="true")
         assert done.returncode == 0, done.stdout + done.stderr
         rows.append([json.loads(line) for line in (output / "losses.jsonl").read_text().splitlines()])
