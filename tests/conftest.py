@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
@@ -38,6 +39,15 @@ def marked_if_it_starts_processes(request):
         pytest.fail(f"mark it multiprocess: it started {_started[0]}")
 
 
+TRAINING = ("test_engines.py", "test_kill_and_resume.py", "test_objectives.py", "test_overfit.py")
+LONGEST = {
+    *(Path(__file__).parent / "training" / name for name in TRAINING),
+    *(Path(__file__).parent / name for name in ("test_launch.py", "test_own_data_guide.py", "test_stages.py")),
+    Path(__file__).parent / "ablation" / "test_ablate.py",
+}
+"""Files that take minutes, most of them for a test or two."""
+
+
 from browser_fixtures import chromium  # noqa: E402, F401
 from golden_fixtures import golden  # noqa: E402, F401
 from hub_fixtures import qwen3_vl_dir, sam3_dir, sharded_qwen3_vl_dir, sharded_sam3_dir  # noqa: E402, F401
@@ -50,6 +60,7 @@ def pytest_collection_modifyitems(items):
     import torch
 
     slow = Counter(item.path for item in items if "slow" in item.keywords)
+    slow |= dict.fromkeys(LONGEST, len(items))
     items.sort(key=lambda item: -slow[item.path])  # stable: within a file, and among equals, as collected
 
     if torch.cuda.is_available():

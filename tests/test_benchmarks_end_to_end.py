@@ -10,6 +10,8 @@ from tiny_fixtures import settings_of
 
 from instructsam.evaluate import evaluate
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("name", sorted(WRITERS))
 def test_from_files_to_figures(name, checkpoint, tmp_path, capsys):

@@ -81,6 +81,7 @@ def test_training_configurations(override):
     check(settings_of("train", *own_root(override), override))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("debug", choices("debug"))
 @pytest.mark.parametrize("experiment", choices("experiment"))
 def test_experiments_can_be_debugged(experiment, debug):
@@ -128,6 +129,7 @@ def test_every_setting_of_trainer_and_optimizer_can_be_given(experiment):
     assert set(settings["optim"]) == {field.name for field in fields(OptimConfig)}
 
 
+@pytest.mark.slow
 def test_overrides_in_the_readme_compose():
     text = (REPOSITORY / "README.md").read_text(encoding="utf-8").split("## Train")[1].split("## Evaluate")[0]
     found = re.findall(r"`(\+?(?:trainer|optim|model|data)[.=][^`]+=[^`]+)`", text.replace("\n", " "))

@@ -25,6 +25,8 @@ from instructsam.training import evaluating
 from instructsam.training.build import build_task
 from instructsam.training.evaluating import periodic_evaluation
 
+pytestmark = pytest.mark.slow
+
 GOLDEN_LOSSES = Path(__file__).parent / "golden" / "tiny_losses.json"
 RUNS = ("tiny_detector", "tiny_vlm", "tiny_stage1", "tiny_stage2")
 

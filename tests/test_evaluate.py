@@ -19,6 +19,8 @@ from instructsam import evaluate as command
 from instructsam.evaluate import evaluate
 from instructsam.evaluation.fingerprint import differences, weight_files, weights_digest
 
+pytestmark = pytest.mark.slow
+
 REPOSITORY = Path(__file__).parents[1]
 QUICK = ["max_new_tokens=4", "query_reliance=false", "html=false", "gallery_rows=0", "bootstrap=20"]
 
@@ -104,7 +106,6 @@ def test_several_splits_at_once(checkpoint, world, tmp_path, capsys):
     assert "tiny_world_val" in (tmp_path / "summary.md").read_text()
 
 
-@pytest.mark.slow
 def test_three_processes_give_the_same_files(evaluated, checkpoint, world, tmp_path):
     arguments = [f"checkpoint={checkpoint}", f"benchmark.root={world}", "batch_size=4", "untrained=true"]
     for processes in (1, 3):
@@ -116,7 +117,6 @@ def test_three_processes_give_the_same_files(evaluated, checkpoint, world, tmp_p
     assert done.stdout.count("written to") == 1
 
 
-@pytest.mark.slow
 def test_the_process_that_fails_says_why(checkpoint, world, tmp_path):
     shutil.copytree(world, tmp_path / "world")
     broken = sorted((tmp_path / "world" / "val" / "images").glob("*.png"))[3]

@@ -16,6 +16,8 @@ from instructsam.data.coco_instructions import read_coco_instructions
 from instructsam.models.lora import LoraSettings, add_lora, has_adapter, save_with_adapter
 from instructsam.models.modeling import InstructSAMModel
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def trained(checkpoint, tmp_path_factory) -> Path:

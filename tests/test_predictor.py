@@ -142,6 +142,7 @@ def test_the_rules_differ(checkpoint, images):
     assert float(difference.abs().max() / bridges["trained"].queries_PNC.abs().max()) > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("decoding", RULES)
 @pytest.mark.parametrize("dtype", ["bfloat16", torch.float16])
 def test_half_precision(dtype, decoding, checkpoint, images, monkeypatch):
@@ -161,6 +162,7 @@ def test_half_precision(dtype, decoding, checkpoint, images, monkeypatch):
     assert stored.model.dtype == torch.float32
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_precision_of_the_ablations(dtype, checkpoint, images):
     """Every part that a configuration can add runs in half precision too."""
@@ -217,6 +219,7 @@ def test_on_a_gpu(dtype, checkpoint, images):
 # ---- the commands -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_evaluate_honours_and_records_the_choices(checkpoint, world, tmp_path, monkeypatch):
     used = write(monkeypatch, Predictor.from_pretrained(checkpoint), [["red circles"], ["stars"]])
     runs = {

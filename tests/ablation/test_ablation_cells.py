@@ -112,6 +112,7 @@ def test_folders_with_odd_names_come_through():
     assert values["model"]["init"][1]["checkpoint"] == "/a b=c/it's [1]/vlm"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", sorted((CONFIGS / "experiment/ablation").glob("*.yaml")), ids=lambda path: path.stem)
 def test_shipped_ablations(path, checkpoint):
     """Each composes with every override of every cell, no two cells are the same, and its file says how to run it."""

@@ -41,6 +41,8 @@ from instructsam.data.saco import read_saco
 from instructsam.errors import KINDS
 from instructsam.structures import Sample
 
+pytestmark = pytest.mark.slow
+
 RELAXED = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 Content = dict[str, list[Any]]  # records by the name of their list
 

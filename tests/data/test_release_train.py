@@ -515,6 +515,7 @@ def check_samples(samples) -> None:
             assert (masks.areas(masks.check_rles(rles, sample.height, sample.width)) > 0).all()
 
 
+@pytest.mark.slow
 @given(st.data())
 @RELAXED
 def test_damage_to_a_record_leaves_the_others_whole(tmp_path, data):

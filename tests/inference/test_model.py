@@ -68,6 +68,7 @@ def test_a_list_equals_one_by_one(exact, images):
         same(result, InstructSAM(exact.predictor, 0).segment(image, phrases=WORDS, threshold=0.0))
 
 
+@pytest.mark.slow
 @float64()
 def test_the_shipped_model_answers_a_list_as_one_by_one():
     """With written answers of different length, and pictures of different size."""

@@ -21,6 +21,8 @@ from instructsam.inspection.statistics import facts_of, statistics
 from instructsam.masks import box_to_rle
 from instructsam.structures import PhraseTarget, Sample, Turn
 
+pytestmark = pytest.mark.slow
+
 ATTACK = "<script>alert('x')</script><img src=x onerror=alert(1)> the quokka"
 
 

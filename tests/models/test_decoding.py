@@ -99,6 +99,7 @@ def run(model, tensors, meta, seed, rows, rule="trained", history=False):
     return decoded, pixel_values, grid[rows]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS)
 @given(seed=st.integers(0, 10_000), history=st.booleans())
 @settings(deadline=None, max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -203,6 +204,7 @@ def test_unknown_rule(tiny):
         decode(model, input_ids, mask, tensors["pixel_values"], tensors["image_grid_thw"], rule="publishd")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("variant", VARIANTS)
 @given(seed=st.integers(0, 10_000))

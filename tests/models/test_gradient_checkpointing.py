@@ -55,6 +55,7 @@ def times(number: int, names: Iterable[str]) -> dict[str, int]:
     return dict.fromkeys(names, number)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("frozen", [False, True], ids=["all", "frozen towers and LoRA"])
 @pytest.mark.parametrize("presence", ["false", "true"])
 def test_same_gradients_from_recomputed_layers(world, frozen, presence):

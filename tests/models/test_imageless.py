@@ -51,6 +51,7 @@ def same(one: torch.Tensor, other: torch.Tensor) -> bool:
     return difference(one, other) < CLOSE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("independent", [False, True])
 @torch.no_grad()
 def test_every_row_is_as_if_alone(tiny, world, independent):

@@ -33,6 +33,8 @@ from instructsam.models.lora import (
 from instructsam.models.modeling import InstructSAMModel
 from instructsam.processing.processor import InstructSAMProcessor
 
+pytestmark = pytest.mark.slow
+
 SMALL = LoraSettings(r=4, alpha=8, dropout=0.1)
 PROJECTIONS = [f"vlm.language_model.layers.{k}.self_attn.{x}_proj" for k in range(4) for x in "kqvo"]
 

@@ -18,6 +18,8 @@ from instructsam.models.modeling import InstructSAMModel
 from instructsam.models.released import export_released, is_released
 from instructsam.processing.pretrained import CONFIG_NAME
 
+pytestmark = pytest.mark.slow
+
 WEIGHTS = "model.safetensors"
 
 

@@ -16,6 +16,8 @@ from pycocotools.coco import COCO
 from instructsam.inference.model import InstructSAM
 from instructsam.segmenting.store import ResultStore
 
+pytestmark = pytest.mark.slow
+
 ALL_KINDS = "overlay,masks,coco,labelme"
 
 
@@ -203,7 +205,6 @@ def test_an_error_after_the_work(run, lines, photos, usual, tmp_path, error, mon
     assert f"error: {error}; the same command goes on" in capsys.readouterr().err and len(lines(tmp_path / "out")) == 1
 
 
-@pytest.mark.slow
 def test_an_interrupted_command_goes_on(lines, world, checkpoint, tmp_path):
     """A real process, ended by Ctrl+C in the middle."""
     pictures = sorted((world / "train/images").glob("*.png")) + sorted((world / "val/images").glob("*.png"))

@@ -17,6 +17,8 @@ from instructsam import segment as command
 from instructsam.inference.model import InstructSAM
 from instructsam.segmenting.jobs import find_pictures
 
+pytestmark = pytest.mark.slow
+
 
 def test_everything_is_written(run, lines, photos, usual, tmp_path, capsys):
     kinds = "overlay,masks,coco,labelme"

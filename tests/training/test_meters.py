@@ -233,6 +233,7 @@ def test_by_samples_where_there_are_no_tokens(tmp_path):
     assert estimate.of({**inputs, "samples": 10.0}) == 2 * 5 * 2 * 4 * 4 * 2
 
 
+@pytest.mark.slow
 @float64()
 def test_the_tiny_model_is_counted_and_a_resumed_run_is_exact(world, tmp_path):
     from tiny_fixtures import settings_of

@@ -98,6 +98,7 @@ def test_connected_to_every_trainable_parameter_without_pictures(tiny, world, co
         assert terms["language"] > 0 and terms["cls"] > 0 and any("merger" in name for name in trained)
 
 
+@pytest.mark.slow
 def test_a_skipped_item_changes_nothing(exact, world):
     model, processor = exact
     samples = read_coco_instructions(world, "train")[:2]
@@ -120,6 +121,7 @@ def test_a_skipped_item_changes_nothing(exact, world):
             assert difference(other_gradients[name], expected) < CLOSE, name
 
 
+@pytest.mark.slow
 def test_splitting_a_batch_changes_nothing(exact, world):
     model, processor = exact
     samples = read_coco_instructions(world, "train")[:2]

@@ -32,6 +32,8 @@ from instructsam.training.config import TrainerConfig
 from instructsam.training.optim import OptimConfig, build_optimizer
 from instructsam.training.precision import cast_frozen
 
+pytestmark = pytest.mark.slow
+
 LAYERS, LANGUAGE = 4, "model.vlm.language_model"
 # Tensors of the detector that no output depends on (`InstructSAMModel.freeze_unused`).
 UNUSED = (
@@ -298,7 +300,6 @@ def test_master_weights_in_half_precision_are_refused(stages, world, tmp_path):
 
 
 @pytest.mark.multiprocess
-@pytest.mark.slow
 def test_two_processes_train_like_one(world, tmp_path):
     """DDP with LoRA, frozen towers, gradient checkpointing and grouped sampling; without dropout, which is per rank."""
     same = ["data.group_by=masks", "trainer.precision=no", "trainer.frozen_dtype=null", "model.lora.dropout=0"]

@@ -22,6 +22,8 @@ from instructsam.webpage import downloads as downloads_module
 from instructsam.webpage.asking import Asker, Conversation, picture_of, rows_of, timings_of, visible
 from instructsam.webpage.downloads import FORMATS, Downloads
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def talk(asker, examples) -> Conversation:
