@@ -5,16 +5,18 @@
 #   scripts/test.sh --fast             without the tests that take long or start processes
 #   scripts/test.sh -k matching        further arguments go to pytest
 #   PYTHON=python3.12 scripts/test.sh  another interpreter
-#   JOBS=8 scripts/test.sh             so many tests at once (default: one more than cores, as some wait)
+#   JOBS=8 scripts/test.sh             so many tests at once (default: one more than cores, as some wait; --fast: cores)
 #
 # The environment is built anew when pyproject.toml, constraints.txt or the interpreter changes, and reused otherwise.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 selected=()
+waiting=1
 if [ "${1:-}" = --fast ]; then
     shift
     selected=(-m "not slow and not multiprocess")
+    waiting=0
 fi
 interpreter="${PYTHON:-python3}"
 environment=.venv-test
@@ -57,7 +59,7 @@ else
     echo "$wanted" >"$stamp"
 fi
 "$python" --version
-jobs="${JOBS:-$("$python" -c 'import os; print(os.cpu_count() + 1)')}"
+jobs="${JOBS:-$("$python" -c "import os; print(os.cpu_count() + $waiting)")}"
 
 checks="$(mktemp)"
 PYTHON="$python" scripts/check.sh >"$checks" 2>&1 & # beside the tests: types take a minute of one core

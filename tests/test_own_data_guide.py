@@ -149,6 +149,7 @@ def commands_of(heading: str) -> list[str]:
 SETTINGS = {"train": "train", "evaluate": "eval", "validate": "validate", "inspect": "inspect", "prepare": "prepare"}
 
 
+@pytest.mark.slow
 def test_settings_in_all_commands_are_known():
     seen = set()
     for heading in re.findall(r"^## (.*)$", GUIDE, re.MULTILINE):

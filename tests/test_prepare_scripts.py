@@ -231,6 +231,7 @@ def test_a_data_set_that_the_hub_refuses_stops_the_script(run, tree, tmp_path):
 # ---- the check -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_an_empty_folder_lacks_everything(check):
     status, rows = check()
     assert status == 1

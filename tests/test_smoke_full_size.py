@@ -38,6 +38,7 @@ def predictor(smoke):
     return smoke.build(True, None, ["segment the woman"], torch.bfloat16)
 
 
+@pytest.mark.slow
 def test_tiny_run(smoke, picture, tmp_path, capsys):
     file = tmp_path / "figures" / "smoke.json"
     arguments = [str(picture), "--tiny", "--device", "cpu", "--phrase", "the woman", "--phrase", "flags"]
@@ -137,6 +138,7 @@ def test_outputs_that_are_not_finite_are_noticed(smoke, picture, capsys):
         smoke.build = build
 
 
+@pytest.mark.slow
 def test_what_the_first_stage_trains(smoke, predictor):
     """Counted without peft as peft and the training code make it."""
     pytest.importorskip("peft")

@@ -45,6 +45,7 @@ def test_only_and_report_only_exclude_each_other(tmp_path):
         ablate(toy(f"output_dir={tmp_path}/out", "only=add/0", "report_only=true"))
 
 
+@pytest.mark.slow
 def test_the_attention_of_a_checkpoint_changed_at_test_time(checkpoint, world, tmp_path):
     """Reaches the model, is on record, and results of one rule are not taken for those of another."""
     common = (f"checkpoint={checkpoint}", f"benchmark.root={world}", "limit=3", "query_reliance=false", "html=false")

@@ -364,6 +364,7 @@ def test_no_usable_annotation_at_all(read):
     assert len(read(content, absent=1, skips=skipping())) == 4
 
 
+@pytest.mark.slow
 def test_memory_of_an_annotation(tmp_path, monkeypatch):
     """Objects365 has 30 million: what is kept of a box is a row of numbers."""
     content = objects365_file()
@@ -460,6 +461,7 @@ def damaged(draw):
     return content, hurt
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=150)
 @given(case=damaged(), absent=st.integers(0, 2))
 def test_random_damage(tmp_path_factory, case, absent: int):

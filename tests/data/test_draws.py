@@ -21,6 +21,7 @@ def several(draw) -> Draws:
     return Draws(lengths, {f"part{p}": drawn for p, (_, drawn) in enumerate(parts)}, draw(st.integers(0, 99)))
 
 
+@pytest.mark.slow
 @given(several(), st.integers(1, 12))
 @settings(deadline=None)
 def test_no_sample_is_seen_a_second_time_before_all_were_seen_once(draws, epochs):
@@ -36,6 +37,7 @@ def test_no_sample_is_seen_a_second_time_before_all_were_seen_once(draws, epochs
             first += length
 
 
+@pytest.mark.slow
 @given(several(), st.integers(0, 9))
 @settings(deadline=None)
 def test_one_draw_is_that_of_the_whole_epoch(draws, epoch):

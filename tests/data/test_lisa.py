@@ -245,6 +245,7 @@ def test_files_of_another_form_are_an_error(read, tmp_path):
         list(read_lisa_plus(tmp_path / "lisa.json", tmp_path / "instances.json", tmp_path, skips=Skips("skip")))
 
 
+@pytest.mark.slow
 @given(st.data())
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_damage_gives_samples_or_a_named_error(read, tmp_path, data):

@@ -102,6 +102,7 @@ def test_the_split_does_not_change_the_stream(stream, batch, world, accumulation
         position += ranks[0].samples_in_step(position)
 
 
+@pytest.mark.slow
 @given(streams(), SMALL, SMALL, SMALL, st.integers(0, 30))
 @settings(deadline=None, max_examples=80)
 def test_starting_late_equals_skipping(stream, batch, world, accumulation, skipped):
@@ -116,6 +117,7 @@ def test_starting_late_equals_skipping(stream, batch, world, accumulation, skipp
         assert list(islice(late, 7)) == early
 
 
+@pytest.mark.slow
 @given(streams(), st.tuples(SMALL, SMALL, SMALL), st.tuples(SMALL, SMALL, SMALL), st.integers(0, 12))
 @settings(deadline=None, max_examples=120)
 def test_a_run_goes_on_with_another_split(stream, before, after, steps):

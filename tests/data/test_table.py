@@ -81,6 +81,7 @@ def samples(draw) -> Sample:
     return Sample(draw(text), image, *size, tuple(turns), tuple(objects), draw(st.booleans()))
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(st.lists(samples(), min_size=1, max_size=7), st.integers(1, 3), st.sampled_from([1, 4000, 10**6]))
 def test_samples_come_back_as_they_were(written, batch_rows, shard_bytes):
@@ -282,6 +283,7 @@ def resident(folder: Path) -> int:
     return total
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="needs Linux' /proc")
 def test_pages_that_were_read_do_not_stay_in_memory(tmp_path):
     rng = np.random.default_rng(0)

@@ -117,6 +117,7 @@ def test_the_toys_are_what_they_pretend():
     assert isinstance(toy.StagedToy(), StagedSegmenter)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [Predictor, toy.told_predictor()])
 @float64()
 def test_the_model_answers_the_same_in_any_batch(kind, checkpoint, world, tmp_path):

@@ -23,6 +23,7 @@ def compiled(model: InstructSAMModel) -> set[str]:
     return {name for name, module in model.named_modules() if module._compiled_call_impl is not None}
 
 
+@pytest.mark.slow
 def test_what_trains_is_not_compiled(world):
     model, _ = build_model(settings_of("train", f"data.root={world}")["model"])
     with pytest.raises(ValueError, match=r"there train backbone\.embeddings\S*, \S*, \S* and \d+ more: freeze it"):

@@ -18,6 +18,7 @@ def losses(world, *overrides: str):
     return task, batch, task.objective(batch, counts)
 
 
+@pytest.mark.slow
 def test_every_weight_counts(world):
     plain = losses(world)[2]
     assert {"query_box", "query_object", "pointer"} <= set(plain) and "places" not in plain

@@ -317,6 +317,7 @@ def test_frozen_layers_count_in_the_depth_of_the_others():
     assert not any(".layers.0." in name and name.startswith("text") for name in rates)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lora", [False, True])
 def test_layers_of_the_tiny_model(world, lora):
     """In its three large towers, under their real names, with and without LoRA around them."""

@@ -197,6 +197,7 @@ def test_non_finite_loss_on_one_of_two_processes_stops_both(tmp_path):
 # ---------------------------------------------------------------------- loss spikes
 
 
+@pytest.mark.slow
 def test_loss_spikes_are_events_with_their_samples_also_after_a_resume(tmp_path):
     """Sample 3 is far off once, in epoch 10; the window of losses comes from the records."""
     sampler = DistributedBatchSampler(10, 4, seed=5)
