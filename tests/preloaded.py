@@ -18,9 +18,7 @@ import instructsam.training.trainer  # noqa: F401
 
 get_checkpoint_conversion_mapping("qwen3_vl")  # made once a process, when the first model is loaded or saved
 
-# Where they are installed, saving a model imports DeepSpeed, and LoRA needs PEFT, which imports bitsandbytes. They ask
-# GPUs what they can: no fork could use them afterwards.
-if torch.cuda.device_count() == 0:
+# Where it is installed, saving a model imports it. It asks GPUs what they can: no fork could use them afterwards.
+if torch.cuda.device_count() == 0 and importlib.util.find_spec("deepspeed"):
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    for name in filter(importlib.util.find_spec, ("deepspeed", "peft")):
-        importlib.import_module(name)
+    import deepspeed  # noqa: F401
