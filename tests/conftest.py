@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -39,13 +38,16 @@ def marked_if_it_starts_processes(request):
         pytest.fail(f"mark it multiprocess: it started {_started[0]}")
 
 
-TRAINING = ("test_engines.py", "test_kill_and_resume.py", "test_objectives.py", "test_overfit.py")
 LONGEST = {
-    *(Path(__file__).parent / "training" / name for name in TRAINING),
-    *(Path(__file__).parent / name for name in ("test_launch.py", "test_own_data_guide.py", "test_stages.py")),
-    Path(__file__).parent / "ablation" / "test_ablate.py",
+    Path(__file__).parent / name
+    for name in (
+        *("ablation/test_ablate.py", "models/test_flex_attention.py", "segmenting/test_going_on.py"),
+        *("test_end_to_end.py", "test_evaluate.py", "test_launch.py", "test_own_data_guide.py", "test_stages.py"),
+        *("training/test_engines.py", "training/test_kill_and_resume.py", "training/test_objectives.py"),
+        *("training/test_overfit.py", "training/test_recipe.py"),
+    )
 }
-"""Files that take minutes, most of them for a test or two."""
+"""Files that take more than 45 s each, more than half of the whole."""
 
 
 from browser_fixtures import chromium  # noqa: E402, F401
@@ -59,9 +61,7 @@ def pytest_collection_modifyitems(items):
     """Long files first, so that the last one to end does not start last; no GPU tests where there is no GPU."""
     import torch
 
-    slow = Counter(item.path for item in items if "slow" in item.keywords)
-    slow |= dict.fromkeys(LONGEST, len(items))
-    items.sort(key=lambda item: -slow[item.path])  # stable: within a file, and among equals, as collected
+    items.sort(key=lambda item: item.path not in LONGEST)  # stable: otherwise as collected
 
     if torch.cuda.is_available():
         return

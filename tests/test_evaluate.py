@@ -126,7 +126,7 @@ def test_the_process_that_fails_says_why(checkpoint, world, tmp_path):
     arguments.append("batch_size=2")
     failed = run(3, *arguments)
     assert failed.returncode != 0
-    assert re.search(rf"error \(rank \d\): .*{broken.name}: cannot be read as a picture", failed.stderr)
+    assert re.search(rf"error \(rank \d\): .*{broken.name}: cannot be read as an image", failed.stderr)
     assert "Traceback" not in failed.stderr
     broken.write_bytes(whole)
     done = run(1, *arguments)

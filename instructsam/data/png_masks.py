@@ -145,9 +145,7 @@ def read_mask(path: Path) -> NDArray[np.bool_]:
             values = np.asarray(picture) != 0  # of a palette the indices, whatever colours they stand for
             return values.any(axis=-1) if values.ndim == 3 else values
     except READ_ERRORS as error:
-        raise DataError(
-            f"{path}: cannot be read as a picture, broken or truncated? ({error})", "image broken"
-        ) from None
+        raise DataError(f"{path}: cannot be read as an image, broken or truncated? ({error})", "image broken") from None
 
 
 def _box(record: dict[str, Any], key: str | None, form: str, size: tuple[int, int] | None) -> RLE:

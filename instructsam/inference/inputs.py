@@ -70,7 +70,7 @@ def open_bytes(content: bytes, formats: tuple[str, ...] | None = None) -> Image.
         known = "a format Pillow knows" if formats is None else f"{', '.join(formats[:-1])} or {formats[-1]}"
         raise DataError(f"{len(content)} bytes that are no picture in {known}", "image broken") from None
     except READ_ERRORS as error:
-        raise DataError(f"{len(content)} bytes: cannot be read as a picture ({error})", "image broken") from error
+        raise DataError(f"{len(content)} bytes: cannot be read as an image ({error})", "image broken") from error
 
 
 def _from_array(array: np.ndarray, what: str) -> Image.Image:

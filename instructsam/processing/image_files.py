@@ -1,6 +1,6 @@
-"""Reading image files: any picture that Pillow knows, whole, upright and in RGB.
+"""Reading image files: any that Pillow knows, whole, upright and in RGB.
 
-Needs no torch, so that processes which only look whether pictures are sound start at once.
+Needs no torch, so that processes which only look whether images are sound start at once.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from instructsam.errors import DataError
 
 ImageSource: TypeAlias = "str | os.PathLike[str] | Image.Image"
 
-MAX_ASPECT_RATIO = 200  # Qwen-VL's processors refuse thinner pictures
+MAX_ASPECT_RATIO = 200  # Qwen-VL's processors refuse thinner images
 
 READ_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
 """What Pillow's decoders are known to raise for broken files."""
 
 
 def load_image(source: ImageSource) -> Image.Image:
-    """Read a picture completely and return it upright in RGB.
+    """Read an image completely and return it upright in RGB.
 
     The EXIF orientation is applied and its tag removed, so that loading the result again changes nothing. Transparent
     pixels become white (as in Qwen-VL's own utilities), 16-bit grey is scaled to 8 bit, of an animation the first
@@ -49,7 +49,7 @@ def load_image(source: ImageSource) -> Image.Image:
         message = f"{name}: not an image, broken at its start, or of a format Pillow does not know"
         raise DataError(message, "image broken") from None
     except READ_ERRORS as error:
-        message = f"{name}: cannot be read as a picture, broken or truncated? ({error})"
+        message = f"{name}: cannot be read as an image, broken or truncated? ({error})"
         raise DataError(message, "image broken") from error
 
 

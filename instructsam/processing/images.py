@@ -1,4 +1,4 @@
-"""Pictures in, pixel tensors out: the transforms of both vision towers (DESIGN section 4).
+"""Images in, pixel tensors out: the transforms of both vision towers (DESIGN section 4).
 
 Only Pillow and torch are needed. Resizing is done by torch on uint8, which gives the same pixels as torchvision's
 backend of the original image processors.

@@ -68,7 +68,7 @@ def test_bytes_are_turned_upright():
         ("https://example.org/a.png", "https://example.org/a.png: nothing is downloaded here"),
         (b"words", "5 bytes that are no picture"),
         (b"", "0 bytes that are no picture"),
-        (png(Image.fromarray(PIXELS))[:60], "cannot be read as a picture"),
+        (png(Image.fromarray(PIXELS))[:60], "cannot be read as an image"),
         (PIXELS.astype(np.int64), "array of int64: expected uint8 in 0…255 or floats in 0…1"),
         (PIXELS.astype(np.float64), "array of floats outside 0…1"),
         (np.full((4, 4), np.nan), "array of floats outside 0…1"),

@@ -178,7 +178,7 @@ IMAGELESS = Path(__file__).with_name("multiprocess_imageless.py")
 @pytest.mark.slow
 @pytest.mark.multiprocess
 @pytest.mark.parametrize("what", ["talk", "skipped"])
-def test_a_rank_without_a_picture_does_not_hang(shallow_checkpoint, world, tmp_path, what):
+def test_a_rank_without_an_image_does_not_hang(shallow_checkpoint, world, tmp_path, what):
     """Each step, one of two ranks has a picture and the other has none; the losses are those of one process."""
     rows = []
     for batch_size, processes in ((2, 1), (1, 2)):
