@@ -21,7 +21,7 @@ from instructsam.models.hub import resolve
 from instructsam.models.modeling import BridgeOutput, InstructSAMModel
 from instructsam.models.placement import as_device, as_dtype
 from instructsam.models.stages import Detection, EncodedImages, Prepared, Understanding
-from instructsam.processing.chat import IGNORED, ChatTurn, Turns
+from instructsam.processing.chat import IGNORED, Turns, chat_turn
 from instructsam.processing.processor import InstructSAMProcessor
 from instructsam.structures import DEFAULT_THRESHOLD, Prediction
 
@@ -179,7 +179,7 @@ class Predictor:
             DataError: an empty text, one with a reserved token, a sequence too long.
             ValueError: too many phrases, a picture too thin.
         """
-        wanted = len(ChatTurn(*turns[-1]).phrases or ())
+        wanted = len(chat_turn(turns[-1]).phrases or ())
         if wanted > self.max_phrases:
             raise ValueError(f"{wanted} phrases, more than max_phrases={self.max_phrases}")
         grid_thw = None if size is None else self.processor.vlm_image.grid_thw(*size)
@@ -203,7 +203,7 @@ class Predictor:
         """
         grids = encoded.grid_thw.cpu()
         items = [self._chat_item(grids[k], turns) for k, turns in zip(image_of_row, conversations, strict=True)]
-        phrases = [ChatTurn(*turns[-1]).phrases for turns in conversations]
+        phrases = [chat_turn(turns[-1]).phrases for turns in conversations]
         prepared = self._prepared(items, phrases, [encoded.sizes[image] for image in image_of_row])
         return self._answer(self._on_device(prepared.batch), prepared, encoded, image_of_row, max_new_tokens)
 

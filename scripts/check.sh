@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Style, formatting and types. PYTHON names the interpreter whose ruff and mypy are used (default: python).
+# Style, formatting and types. PYTHON names the interpreter whose ruff and pyrefly are used (default: python).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 python="${PYTHON:-python}"
@@ -13,5 +13,5 @@ check() {
 
 check "ruff check" ruff check .
 check "ruff format" ruff format --check .
-check "mypy" mypy
+check "pyrefly" pyrefly check --python-interpreter-path "$(command -v "$python")" --min-severity error
 exit "$failed"

@@ -15,7 +15,7 @@ SCRIPTS = Path(__file__).parents[1] / "scripts"
 
 PRETENDED_PYTHON = """#!/usr/bin/env bash
 echo "ran: $*"
-for check in pytest ruff mypy; do
+for check in pytest ruff pyrefly; do
     if [ "${2:-}" = "$check" ]; then [ "$check" != "${FAILING:-}" ]; exit; fi
 done
 """
@@ -51,12 +51,12 @@ def test_passes_when_all_pass(checkout):
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.endswith("== all passed\n")
     ran = [line for line in done.stdout.splitlines() if line.startswith("ran: -m ")]
-    assert {line.split()[2] for line in ran} == {"pytest", "ruff", "mypy"}
+    assert {line.split()[2] for line in ran} == {"pytest", "ruff", "pyrefly"}
     assert any("-m pytest" in line and line.endswith("-k matching") for line in ran)
 
 
 @pytest.mark.multiprocess
-@pytest.mark.parametrize("failing", ["pytest", "ruff", "mypy"])
+@pytest.mark.parametrize("failing", ["pytest", "ruff", "pyrefly"])
 def test_fails_when_one_fails(checkout, failing):
     done = check(checkout, FAILING=failing)
     assert done.returncode == 1

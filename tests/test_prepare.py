@@ -174,6 +174,7 @@ def test_only_some_sources(own):
         prepare(settings_of(own, only=["val", "test"]))
 
 
+@pytest.mark.slow
 def test_sources_are_read_side_by_side(own):
     alone = prepare(settings_of(own))
     together = prepare(settings_of(own, workers=2, force=True))

@@ -265,6 +265,7 @@ def refer(tree) -> dict[str, list[dict[str, Any]]]:
     return written
 
 
+@pytest.mark.slow
 def test_sentences_are_counted_and_other_numbers_are_wrong(refer, check):
     status, rows = check("refer")
     assert status == 1  # RefCOCO's numbers are known
@@ -275,6 +276,7 @@ def test_sentences_are_counted_and_other_numbers_are_wrong(refer, check):
             assert rows[f"{name} {split} (sentences)"] == [str(count), known or "–", "WRONG" if known else "ok"]
 
 
+@pytest.mark.slow
 def test_the_right_number_of_sentences_is_ok(refer, check, tree):
     refs = []
     for split, count in {"val": 10834, "testA": 5657, "testB": 5059}.items():
@@ -284,6 +286,7 @@ def test_the_right_number_of_sentences_is_ok(refer, check, tree):
     assert status == 0 and rows["refcoco val (sentences)"] == ["10,834", "10,834", "ok"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("contents", [b"no pickle", pickle.dumps({"a": 1}), pickle.dumps([{"split": 3}])])
 def test_files_that_cannot_be_read_are_wrong_with_the_reason(refer, check, tree, contents):
     (tree / "data/refer/refcoco/refs(unc).p").write_bytes(contents)

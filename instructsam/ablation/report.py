@@ -10,6 +10,7 @@ import csv
 import functools
 import io
 import json
+import operator
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -121,7 +122,7 @@ def _spreads(ablation: Ablation, per_seed: Mapping[str, Any]) -> dict[str, Any]:
 
     def over(*keys: str) -> dict[str, Any]:
         """The spreads of a mapping of each seed."""
-        found = [functools.reduce(dict.__getitem__, keys, entry) for entry in done]
+        found: list[Any] = [functools.reduce(operator.getitem, keys, entry) for entry in done]
         return {key: spread_of([values[key] for values in found]) for key in (found[0] if found else ())}
 
     return {
@@ -220,7 +221,7 @@ def _summary_rows(found: Mapping[str, Any]) -> list[list[Any]]:
     rows = [header]
     for name, cell in found["cells"].items():
         done = sum(entry["status"] == COMPLETE for entry in cell["seeds"].values())
-        row = [name, cell["x"], done, len(cell["seeds"])]
+        row: list[Any] = [name, cell["x"], done, len(cell["seeds"])]
         for figure in found["figures"]:
             compared = cell.get("against_default", {}).get(figure, {})
             row += [cell["figures"][figure][part] for part in parts] + [compared.get(test) for test in tests]

@@ -129,11 +129,11 @@ class InstructionDataset(Dataset):
         number = self.draws.at(*key)
         return self._ask(self._sample(number), number, key)[0]
 
-    def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
-        number = self.draws.at(*key)
+    def __getitem__(self, index: tuple[int, int]) -> dict[str, Any]:
+        number = self.draws.at(*index)
         sample = self._sample(number)
         try:
-            asked, change = self._ask(sample, number, key)
+            asked, change = self._ask(sample, number, index)
             return self._encode(asked, _changed_picture(asked, change) if change else None)
         except DataError as error:
             if self.on_bad == "raise":

@@ -141,7 +141,7 @@ def parse_sources(settings: Mapping[str, Mapping[str, Any] | None]) -> list[Sour
             raise ValueError(f"{where}: form={own['form']!r} is none of {', '.join(map(repr, FORMS))}")
         if "name" in given:
             options["name"] = name
-        sources.append(Source(**{**own, "name": name, "options": options}))
+        sources.append(Source(**own, name=name, options=options))
     if not sources:
         raise ValueError("data.sources is empty: nothing to read")
     return sources

@@ -186,11 +186,11 @@ class _Resampled:
             values[figure] = np.where(below_B > 0, above_B / np.where(below_B > 0, below_B, 1.0), np.nan)
         if any(figure in _CONCEPT for figure in self.order):
             pmf1_BT, mcc_B, cgf1_BT = concept_f1.from_sums(weight @ self.concept_CK)
-            values |= {"pmf1": pmf1_BT.mean(axis=-1), "il_mcc": mcc_B, "cgf1": cgf1_BT.mean(axis=-1)}
+            values.update(pmf1=pmf1_BT.mean(axis=-1), il_mcc=mcc_B, cgf1=cgf1_BT.mean(axis=-1))
         if self.ap:
             ap_rows = [self._average_precision(weight_C) for weight_C in weight_BC]
             for figure, rows in self.ap.items():
-                values[figure] = np.array([np.mean([ap[row] for row in rows]) for ap in ap_rows])
+                values[figure] = np.array([np.mean([ap[row] for row in rows]) for ap in ap_rows], np.float64)
         return {figure: values[figure] for figure in self.order}
 
     def _average_precision(self, weight_C: NDArray[np.int64]) -> dict[int, float]:

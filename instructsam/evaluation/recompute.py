@@ -35,7 +35,7 @@ def recompute(settings: Mapping[str, Any]) -> dict[str, Metrics]:
     evaluated = (stored.get("overall") or {}).get("num_samples")
     if evaluated is not None and evaluated != len(records):
         raise ValueError(f"{path}: holds {len(records)} records, but {evaluated} instructions were evaluated")
-    benchmark = dict(stored.get("benchmark") or {})
+    benchmark: dict[str, Any] = dict(stored.get("benchmark") or {})
     if not benchmark:
         first = records[0]
         benchmark = {"name": first.get("benchmark", path.stem), "split": first.get("split", ""), "threshold": None}

@@ -81,7 +81,7 @@ def make_record(item: EvalItem, prediction: Prediction, extra: Mapping[str, Any]
 
 def _question(item: EvalItem) -> Record:
     """What a record holds before there is an answer."""
-    question = {
+    question: Record = {
         "id": item.id,
         "image": str(item.sample.image),
         "instruction": item.turn.instruction,

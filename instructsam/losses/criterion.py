@@ -242,7 +242,7 @@ class SetCriterion(nn.Module):
         """Shapes, before broadcasting can hide a mistake."""
         phrases, queries, height, width = layer.pred_masks.shape
         valid = tuple(targets["target_valid"].shape)
-        expected = {
+        expected: dict[str, tuple[Tensor, tuple[int, ...]]] = {
             "pred_logits": (layer.pred_logits, (phrases, queries)),
             "pred_boxes": (layer.pred_boxes, (phrases, queries, 4)),
             "target_masks": (targets["target_masks"], (phrases, valid[-1], height, width)),

@@ -106,7 +106,7 @@ class InstanceQueryDecoder(Sam3DetrDecoder):
                 layer.__class__ = InstanceQueryDecoderLayer
             del self.presence_token, self.presence_head, self.presence_layer_norm
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         queries_PNC: Tensor,
         vision_features: Tensor,

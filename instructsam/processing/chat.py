@@ -53,6 +53,11 @@ class ChatTurn(NamedTuple):
 Turns: TypeAlias = "Sequence[ChatTurn | tuple[str, Sequence[str] | None]]"
 
 
+def chat_turn(turn: ChatTurn | tuple[str, Sequence[str] | None]) -> ChatTurn:
+    """One of `Turns`, whose fields have names."""
+    return turn if isinstance(turn, ChatTurn) else ChatTurn(*turn)
+
+
 @dataclass
 class EncodedChat:
     """Token ids of a conversation; all tensors (L,) int64. ``labels`` are -100 outside of the answers."""
@@ -161,7 +166,7 @@ class ChatLayout:
         labels = [IGNORED] * len(ids)
         turn_ids = [0] * len(ids)
         for k, turn in enumerate(turns):
-            instruction, phrases, pieces = ChatTurn(*turn)
+            instruction, phrases, pieces = chat_turn(turn)
             reopen = [] if k == 0 or independent_turns else self.prefix(None)
             question = reopen + self.question(instruction)
             answer, tail = [], []

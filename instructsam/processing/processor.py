@@ -16,7 +16,7 @@ from torch import Tensor
 
 from instructsam.errors import DataError, at
 from instructsam.masks import encode_batch
-from instructsam.processing.chat import IGNORED, ChatLayout, ChatTurn, EncodedChat, Turns
+from instructsam.processing.chat import IGNORED, ChatLayout, ChatTurn, EncodedChat, Turns, chat_turn
 from instructsam.processing.image_files import ImageSource, load_image
 from instructsam.processing.images import DetectorImageTransform, VLMImageTransform
 from instructsam.processing.pretrained import PretrainedProcessor
@@ -102,7 +102,7 @@ class InstructSAMProcessor(PretrainedProcessor):
                 raise
             raise at(where, error) from error
         if len(encoded.input_ids) > self.max_length:
-            phrases = sum(len(ChatTurn(*turn).phrases or ()) for turn in turns)
+            phrases = sum(len(chat_turn(turn).phrases or ()) for turn in turns)
             raise DataError(
                 f"{where or 'input'}: {len(encoded.input_ids)} tokens ({phrases} phrases with {self.num_queries} "
                 f"queries, {num_image_tokens or 0} image tokens) do not fit max_length={self.max_length}",

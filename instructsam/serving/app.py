@@ -143,7 +143,7 @@ def build_app(
         metrics.requests.labels(str(status)).inc()
         if status == 200:
             metrics.seconds.observe(time.perf_counter() - began)
-            metrics.hits.inc(content["cached"])
+            metrics.hits.inc(bool(content["cached"]))
         return JSONResponse(content, status, headers)
 
     return app

@@ -94,7 +94,7 @@ def frozen_checksum(objective: nn.Module) -> int:
 
 def capture_rng() -> dict[str, Any]:
     """Random states of this process, as tensors and numbers."""
-    _, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)  # type: ignore[misc]
+    _, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
     version, words, gauss_next = random.getstate()
     return {
         "torch": torch.get_rng_state(),

@@ -84,6 +84,7 @@ def output(ablation, tmp_path) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_numbers(ablation, output):
     found = write_report(ablation, output, resamples=400)
     assert found == json.loads((output / "figures.json").read_text())
@@ -112,6 +113,7 @@ def test_numbers(ablation, output):
     assert gone["figures"]["giou"]["mean"] is None and gone["against_default"]["giou"]["n"] == 0
 
 
+@pytest.mark.slow
 def test_resampling_sees_images_and_seeds(ablation, output):
     """Of four images one differs with seed 0 and three with seed 1: the sixteen draws of seeds and the binomial draws
     of images give the exact distribution of the difference."""
@@ -164,6 +166,7 @@ def test_rounding_is_no_spread_for_the_t_test():
     assert row["values"][0] != row["values"][1] and row["p_t_test"] is None
 
 
+@pytest.mark.slow
 def test_files(ablation, output):
     write_report(ablation, output, resamples=50)
     text = (output / "report.md").read_text()
@@ -184,6 +187,7 @@ def test_files(ablation, output):
     assert float(cells[3]["giou"]) == 1.0 and cells[3]["parameters"] == "6"
 
 
+@pytest.mark.slow
 def test_plots(ablation, output):
     write_report(ablation, output, resamples=50)
     plots = {path.stem: ElementTree.parse(path).getroot() for path in (output / "plots").glob("*.svg")}

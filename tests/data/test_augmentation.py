@@ -143,6 +143,7 @@ def test_no_flip_of_what_is_read_or_answered_in_plain_words():
     assert not may_be_flipped(sample_of(turns=(Turn("what is it?", answer=("a man",)),)))
 
 
+@pytest.mark.slow
 @given(st.text(st.sampled_from("left Right LEFT most-hand's.,é_2"), max_size=40) | st.text(max_size=20))
 def test_words_flipped_twice_are_the_same(text):
     assert swap_sides(swap_sides(text)) == text

@@ -143,6 +143,7 @@ def of_kind(examples, kind: str):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [kind for kind in INSTRUCTION_KINDS if kind not in OWN_PHRASE | {"no_target"}])
 def test_relational_answers_follow_from_words_and_masks(examples, kind):
     for scene, made in of_kind(examples, kind):

@@ -31,6 +31,7 @@ def settings(vlm: Path, detector: Path, **changes) -> dict:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["single", "sharded"])
 def test_every_tensor_comes_from_its_place(request, kind):
     prefix = "sharded_" if kind == "sharded" else ""

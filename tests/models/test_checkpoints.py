@@ -39,6 +39,7 @@ def test_another_number_of_queries_takes_the_first_rows(world, checkpoint, num_q
     assert all(torch.equal(after[k], source[k]) for k in after if k.startswith("detector.") and k not in FIRST_ROWS)
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_is_named(world, checkpoint):
     with pytest.raises(ValueError, match="no module 'head'"):
         take_modules(tiny(world), checkpoint, ["head"])

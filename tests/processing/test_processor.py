@@ -179,6 +179,7 @@ def test_sample_without_a_picture(processor, independent):
         processor.encode_sample(talk("red " * 200), independent)
 
 
+@pytest.mark.slow
 @given(
     kinds=st.lists(st.sampled_from(["picture", "talk", "skipped"]), min_size=1, max_size=4), independent=st.booleans()
 )

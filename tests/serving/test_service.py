@@ -282,6 +282,7 @@ def ask_many(app, pictures, count: int):
     return talk(app, ask)
 
 
+@pytest.mark.slow
 def test_fifty_clients_at_once(model, pictures, expected):
     app = build_app(model, limits=LIMITS, max_batch=8, max_waiting=64, max_wait=0.05)
     answers, metrics, health = ask_many(app, pictures, 50)

@@ -49,6 +49,7 @@ def without_gradient(objective):
     return [name for name, p in objective.named_parameters() if p.requires_grad and p.grad is None]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", [CriterionConfig(), FULL], ids=["release", "full"])
 @pytest.mark.parametrize("what", ["masks", "no_target", "no_phrase"])
 def test_connected_to_every_trainable_parameter(tiny, world, config, what):
@@ -75,6 +76,7 @@ def test_connected_to_every_trainable_parameter(tiny, world, config, what):
         assert float(terms["cls"].detach()) > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", [CriterionConfig(), FULL], ids=["release", "full"])
 @pytest.mark.parametrize("what", ["no_picture", "some_pictures", "only_skipped"])
 def test_connected_to_every_trainable_parameter_without_pictures(tiny, world, config, what):
@@ -194,6 +196,7 @@ def test_a_rank_without_an_image_does_not_hang(shallow_checkpoint, world, tmp_pa
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=CLOSE)
 
 
+@pytest.mark.slow
 def test_the_query_head_takes_part_in_the_matching(tiny, world):
     model, processor = tiny
     batch = processor.collate([processor.encode_sample(s, True) for s in read_coco_instructions(world, "train")[:2]])

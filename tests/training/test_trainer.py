@@ -317,6 +317,7 @@ def test_evaluation_sees_averages_and_training_goes_on_with_its_own_weights(tmp_
         torch.testing.assert_close(weights, averages, atol=0, rtol=0)
 
 
+@pytest.mark.slow
 def test_a_profile_leaves_no_checkpoint(tmp_path):
     settings = {"profile_steps": 1, "eval_every": 4, "best_metric": "score", "evaluate": lambda *_: {"score": 1.0}}
     for _ in range(2):  # a profile is to be taken again

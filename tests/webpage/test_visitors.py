@@ -12,12 +12,9 @@ from typing import Any
 import httpx
 import pytest
 
-pytest.importorskip("gradio")
-
-from instructsam import demo  # noqa: E402
-from instructsam.webpage import page as page_module  # noqa: E402
-from instructsam.webpage.asking import Conversation  # noqa: E402
-from instructsam.webpage.downloads import Downloads  # noqa: E402
+from instructsam import demo
+from instructsam.webpage.asking import Conversation
+from instructsam.webpage.downloads import Downloads
 
 
 def client(address: str) -> httpx.Client:
@@ -98,7 +95,7 @@ def test_visitors_slide_at_the_same_time(address, examples, monkeypatch):
     def draw(*args: Any) -> None:
         both.wait()
 
-    monkeypatch.setattr(page_module, "picture_of", draw)
+    monkeypatch.setattr("instructsam.webpage.page.picture_of", draw)
     with ThreadPoolExecutor(2) as pool:
         drawn = list(pool.map(lambda visitor: send(address, visitor, "at_threshold", [None, 0.5]), visitors))
     assert all(one["success"] for one in drawn), drawn
