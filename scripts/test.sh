@@ -41,13 +41,11 @@ contents = b"".join(pathlib.Path(name).read_bytes() for name in sys.argv[1:])
 print(hashlib.sha256(contents + sys.version.encode()).hexdigest())
 PY
 )"
-fresh=
 echo "== environment"
 if [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ]; then
     echo "$environment is up to date"
 else
     echo "installing into $environment, which takes a few minutes"
-    fresh=yes
     rm -rf "$environment"
     "$interpreter" -m venv "$environment"
     torch="$(grep -E '^torch==' constraints.txt)"
@@ -62,13 +60,10 @@ fi
 jobs="${JOBS:-$("$python" -c "import os; print(os.cpu_count() + $waiting)")}"
 
 checks="$(mktemp)"
-PYTHON="$python" scripts/check.sh >"$checks" 2>&1 & # beside the tests: types take a minute of one core
+PYTHON="$python" scripts/check.sh >"$checks" 2>&1 & # beside the tests
 checking=$!
 trap 'kill "$checking" 2>/dev/null || true; rm -f "$checks"' EXIT # one that has ended is no failure
 
-if [ -n "$fresh" ]; then # compiles what is imported, once and not once for each of those that run tests
-    "$python" -m pytest --collect-only -q >/dev/null 2>&1 || true # what it found wrong comes up again
-fi
 failed=0
 echo "== pytest, $jobs at once"
 "$python" -m pytest --numprocesses "$jobs" --dist loadfile --no-loadscope-reorder ${selected[@]+"${selected[@]}"} "$@" || failed=1
