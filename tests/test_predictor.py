@@ -82,6 +82,7 @@ def test_given_phrases_equal_written_ones(decoding, checkpoint, images, monkeypa
         assert [i.rle for i in one.instances] == [i.rle for i in other.instances]
 
 
+@pytest.mark.slow
 @float64()
 def test_a_batch_equals_one_by_one(checkpoint, images):
     predictor = Predictor.from_pretrained(checkpoint, max_new_tokens=5)

@@ -113,6 +113,7 @@ def test_a_float32_copy_is_noticed(smoke, predictor):
         smoke.check_build(model, torch.bfloat16, 10**9, 10**9 + weights + 2**29)
 
 
+@pytest.mark.slow
 def test_wrong_precision_is_noticed(smoke):
     model = smoke.build(True, None, ["segment the woman"], torch.bfloat16).model
     with pytest.raises(RuntimeError, match="not in the right precision, first"):

@@ -97,6 +97,7 @@ class TestOverlay:
             rows = np.flatnonzero((drawn == color).all(axis=-1).sum(axis=1) > 25)
             assert len(rows) >= 6, f"label {color} is hidden by {others}"
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("size", [(1, 1), (2, 300), (300, 2)])
     def test_extreme_sizes_and_long_labels(self, size: tuple[int, int]):
         image = Image.new("RGB", size)
@@ -198,6 +199,7 @@ class TestGallery:
         rows = [np.flatnonzero((page == color).all(axis=-1).any(axis=1)) for color in ((1, 2, 3), (4, 5, 6))]
         assert [len(found) for found in rows] == [5, 8] and rows[0][-1] == rows[1][-1]
 
+    @pytest.mark.slow
     def test_eight_rows_of_photographs_stay_small(self, tmp_path: Path):
         y, x = np.mgrid[:480, :640]
         noise = np.random.default_rng(0).normal(0, 14, (480, 640, 3))

@@ -89,6 +89,7 @@ def test_shuffled_is_a_permutation(length, key):
     assert sorted(shuffled(np.arange(length), length, (key,)).tolist()) == list(range(length))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("length", [5, 16, 40])
 def test_every_sample_is_as_likely_everywhere(length):
     """Over many keys: in which half a sample comes, and whether together with its neighbour."""

@@ -64,6 +64,7 @@ def test_phrases_are_the_mean_over_what_may_be_drawn(processor, tmp_path):
     assert limited.num_phrases().tolist() == [1, 4, 4]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("turns_per_image", [1, 3, 10])
 @pytest.mark.parametrize("independent", [True, False])
 def test_tokens_are_about_those_of_the_items(processor, world, turns_per_image, independent):

@@ -47,6 +47,7 @@ def expected(value: Any) -> Any:
     return {key: one for key, one in by_key.items() if one != []}
 
 
+@pytest.mark.slow
 @given(st.lists(JSON, max_size=6) | st.dictionaries(st.text(max_size=5), JSON, max_size=5), LAYOUTS, st.integers(1, 40))
 @example([-math.inf, math.inf, -1.5e-300, True, '\\"\u00e9\U0001f600', 12345678901234567890], {}, 1)
 @example([1, 12, 123, 1e5, 1.25, -0.0], {"indent": 2}, 1)
@@ -59,6 +60,7 @@ def test_equals_json_load_whatever_the_window(tmp_path, value, layout, chunk_byt
     assert gathered(path, chunk_bytes=chunk_bytes) == expected(value)
 
 
+@pytest.mark.slow
 @given(JSON, st.data())
 @RELAXED
 def test_damaged_text_is_a_json_error_and_never_another_value(tmp_path, value, data):

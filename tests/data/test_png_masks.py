@@ -145,6 +145,7 @@ def test_bad_settings_and_files(folder):
         read(folder, {"a": records()}, skips=Skips("skip"))
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=100)
 @given(index=st.integers(0, 3), key=st.sampled_from([*KEYS.values(), "height", "width", None]), value=json_values)
 def test_random_damage(tmp_path_factory, index, key, value):

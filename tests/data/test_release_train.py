@@ -537,6 +537,7 @@ def test_damage_to_a_record_leaves_the_others_whole(tmp_path, data):
         assert f"{path}: [{index}]" in str(error)
 
 
+@pytest.mark.slow
 @given(st.data())
 @RELAXED
 def test_damage_to_bytes_gives_samples_or_a_named_error(tmp_path, data):

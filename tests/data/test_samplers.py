@@ -82,6 +82,7 @@ def test_every_epoch_has_every_sample_once(stream, batch, world, accumulation):
         assert sorted(key[1] for key in part) == list(range(length))
 
 
+@pytest.mark.slow
 @given(streams(), SMALL, SMALL, SMALL)
 @settings(deadline=None, max_examples=80)
 def test_the_split_does_not_change_the_stream(stream, batch, world, accumulation):

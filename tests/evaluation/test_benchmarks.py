@@ -63,6 +63,7 @@ def test_a_perfect_answer_to_a_small_set_has_perfect_figures(name, tmp_path):
     assert all(record["text"] for record in records)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(WRITERS))
 def test_items_are_asked_in_the_configured_words_and_keep_their_own(name, tmp_path):
     _, items = load(name, tmp_path, "benchmark.prompt='{text} {0}? {text}'")

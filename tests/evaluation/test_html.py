@@ -203,6 +203,7 @@ def test_half_characters_do_not_stop_the_page(tmp_path):
     assert "cup ?" in text_of(page)
 
 
+@pytest.mark.slow
 def test_nothing_comes_from_outside(tmp_path, world):
     path = tmp_path / "report.html"
     records = perturbed_records(world)
@@ -218,6 +219,7 @@ def test_nothing_comes_from_outside(tmp_path, world):
     assert policy.startswith("default-src 'none';") and f"script-src 'sha256-{digest}'" in policy
 
 
+@pytest.mark.slow
 def test_pictures_are_small_and_counted(tmp_path, world, monkeypatch):
     records = perturbed_records(world)
     page = page_of(tmp_path, records)

@@ -83,6 +83,7 @@ def test_special_tokens_get_their_rows_without_resizing(qwen3_vl_dir, sam3_dir):
     assert processor.vlm_image.patch_size == 8 and processor.vlm_image.max_pixels == 256 * 256
 
 
+@pytest.mark.slow
 def test_new_tensors_hang_on_the_seed_alone(qwen3_vl_dir, sam3_dir):
     def projector(seed: int) -> torch.Tensor:
         torch.rand(3)
@@ -99,6 +100,7 @@ def test_dtype_and_presence_token(qwen3_vl_dir, sam3_dir):
     assert "detector.detr_decoder.presence_token.weight" in model.load_report.loaded
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("query_mode", ["replace", "add"])
 @pytest.mark.parametrize("presence_token", [False, True])
 def test_every_trainable_tensor_gets_a_gradient(qwen3_vl_dir, sam3_dir, query_mode, presence_token):

@@ -34,6 +34,7 @@ def test_a_model_is_pushed_in_shards(checkpoint, uploads):
     assert len(shards) > 1 and shards | {"config.json", "model.safetensors.index.json"} <= set(commit["files"])
 
 
+@pytest.mark.slow
 def test_sharded_is_the_same_model(checkpoint, tmp_path):
     model = InstructSAMModel.from_pretrained(checkpoint)
     model.save_pretrained(tmp_path, max_shard_size="1MB")

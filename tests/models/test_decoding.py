@@ -136,6 +136,7 @@ def released_by_hand(row, ids, num_queries):
     return positions, blocks
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS)
 @given(seed=st.integers(0, 10_000))
 @settings(deadline=None, max_examples=6, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -278,6 +278,7 @@ def test_flex_attention_is_not_counted(tmp_path):
     assert estimate.of(inputs) == 0 and not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wrap", [False, True])
 def test_compiled_modules_are_counted_and_compiled_afterwards(wrap, tmp_path):
     from torch._dynamo.testing import CompileCounter

@@ -365,6 +365,7 @@ def test_8_bit_adamw_without_its_package_says_what_to_install(monkeypatch):
         build_optimizer(Model(), OptimConfig(optimizer="adamw_8bit"))
 
 
+@pytest.mark.slow
 def test_8_bit_adamw_trains_nearly_as_adamw_and_goes_on_exactly():
     pytest.importorskip("bitsandbytes")
     from bitsandbytes.optim import AdamW8bit
