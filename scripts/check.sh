@@ -13,5 +13,5 @@ check() {
 
 check "ruff check" ruff check .
 check "ruff format" ruff format --check .
-check "pyrefly" pyrefly check --python-interpreter-path "$(command -v "$python")" --min-severity error
+check "pyrefly" pyrefly check --python-interpreter-path "$(command -v "$python")"
 exit "$failed"

@@ -68,7 +68,7 @@ class _PairLosses(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_bce_M: Tensor, grad_dice_M: Tensor):  # type: ignore[override]  # a loss each
+    def backward(ctx: Any, grad_bce_M: Tensor, grad_dice_M: Tensor):  # type: ignore[override]  # one for each loss
         logits_MK, targets_MK, overlap_M, area_M = ctx.saved_tensors
         probs, targets = logits_MK.float().sigmoid(), targets_MK.float()
         total = area_M + DICE_EPS

@@ -50,11 +50,12 @@ class ChatTurn(NamedTuple):
         return cls(turn.instruction, [phrase.text for phrase in turn.phrases], turn.answer)
 
 
-Turns: TypeAlias = "Sequence[ChatTurn | tuple[str, Sequence[str] | None]]"
+TurnLike: TypeAlias = "ChatTurn | tuple[str, Sequence[str] | None]"
+Turns: TypeAlias = "Sequence[TurnLike]"
 
 
-def chat_turn(turn: ChatTurn | tuple[str, Sequence[str] | None]) -> ChatTurn:
-    """One of `Turns`, whose fields have names."""
+def chat_turn(turn: TurnLike) -> ChatTurn:
+    """The turn with named fields."""
     return turn if isinstance(turn, ChatTurn) else ChatTurn(*turn)
 
 
