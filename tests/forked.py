@@ -94,7 +94,7 @@ class Running:
             self.ranks.append(_CONTEXT.Process(target=_run, args=arguments))
             self.ranks[-1].start()
 
-    def finish(self, seconds: float = 600) -> subprocess.CompletedProcess[str]:
+    def finish(self, seconds: float = 1800) -> subprocess.CompletedProcess[str]:
         """Wait for the end; the exit code is that of the first rank that failed, or 0.
 
         Raises:
@@ -119,7 +119,7 @@ class Running:
 
 
 def run(
-    program: Sequence[object], processes: int = 1, seconds: float = 600, **variables: str
+    program: Sequence[object], processes: int = 1, seconds: float = 1800, **variables: str
 ) -> subprocess.CompletedProcess[str]:
     """Start it, wait for the end, and return what was printed and the exit code. See `Running`."""
     return Running(program, processes, **variables).finish(seconds)
