@@ -347,6 +347,8 @@ class ZeroEngine(Engine):
 def start_engine(precision: str, output_dir: str, trackers: list[str] | None = None) -> Engine:
     """The engine that the launcher asks for (configs/accelerate), on the processes that it started.
 
+    On a CPU PyTorch computes deterministically from then on, with any number of threads.
+
     Raises:
         RuntimeError: the launcher's processes did not find each other.
         ValueError: an engine or a combination that is not supported.
@@ -370,6 +372,10 @@ def start_engine(precision: str, output_dir: str, trackers: list[str] | None = N
         project_config=ProjectConfiguration(project_dir=output_dir, logging_dir=output_dir),
         kwargs_handlers=handlers,
     )
+    if accelerator.device.type == "cpu":
+        # Else threads add gradients of indexed tensors up in any order, and no two runs are equal.
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # of debugging only
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != launched:
         raise RuntimeError(
