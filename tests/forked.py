@@ -118,8 +118,6 @@ class Running:
         return subprocess.CompletedProcess([], code, stdout, stderr)
 
 
-def run(
-    program: Sequence[object], processes: int = 1, seconds: float = 1800, **variables: str
-) -> subprocess.CompletedProcess[str]:
+def run(program: Sequence[object], processes: int = 1, **variables: str) -> subprocess.CompletedProcess[str]:
     """Start it, wait for the end, and return what was printed and the exit code. See `Running`."""
-    return Running(program, processes, **variables).finish(seconds)
+    return Running(program, processes, **variables).finish()

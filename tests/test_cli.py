@@ -61,7 +61,7 @@ def test_version(monkeypatch, capsys):
 def test_a_reader_that_has_seen_enough():
     """Nothing is said when what is printed goes nowhere any more."""
     line = f"{sys.executable} -m instructsam.cli | true; {sys.executable} -m instructsam.cli | head -1"
-    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=False, timeout=1800)
+    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=False, timeout=300)
     assert done.stdout == "usage: instructsam COMMAND ...\n" and not done.stderr
 
 
@@ -69,5 +69,5 @@ def test_a_reader_that_has_seen_enough():
 @pytest.mark.parametrize("command", cli.COMMANDS)
 def test_help_of_each(command):
     line = [sys.executable, "-m", "instructsam.cli", command, "--help"]
-    done = subprocess.run(line, capture_output=True, text=True, check=False, timeout=1800)
+    done = subprocess.run(line, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0 and len(done.stdout) > 100, done.stderr

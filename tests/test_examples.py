@@ -31,7 +31,7 @@ def test_the_notebook_runs(monkeypatch):
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     for cell in notebook.cells:
         assert not cell.get("outputs") and not cell.get("execution_count"), "outputs are not kept"
-    nbclient.NotebookClient(notebook, timeout=1800, kernel_name="python3").execute(cwd=str(NOTEBOOK.parent))
+    nbclient.NotebookClient(notebook, timeout=300, kernel_name="python3").execute(cwd=str(NOTEBOOK.parent))
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", ())]
     text = "".join(
         str(output.get("text", "")) + str(output.get("data", {}).get("text/plain", "")) for output in outputs

@@ -40,7 +40,7 @@ def test_three_lines_after_an_installation(tmp_path):
             (copy / name).parent.mkdir(parents=True, exist_ok=True)
             (copy / name).write_bytes((REPOSITORY / name).read_bytes())
     wheels = ["wheel", "--no-deps", "--no-build-isolation", "-w", str(tmp_path), str(copy)]
-    subprocess.run([*pip, *wheels], check=True, timeout=1800)
+    subprocess.run([*pip, *wheels], check=True, timeout=300)
     [wheel] = tmp_path.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     assert "instructsam/checkpoints/tiny/model.safetensors" in names and "instructsam/configs/train.yaml" in names

@@ -53,7 +53,7 @@ folder, received = pathlib.Path(os.environ["STUB"]), []
 for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
     signal.signal(number, lambda number, _: received.append(signal.Signals(number).name))
 (folder / "training").write_text("started")
-deadline = time.time() + 1800
+deadline = time.time() + 300
 while not received and time.time() < deadline:
     time.sleep(0.05)
 time.sleep(1)  # saves; who signals twice is seen
@@ -85,7 +85,7 @@ def program(path: Path, text: str) -> Path:
 
 
 def wait_for(path: Path, process: subprocess.Popen) -> str:
-    deadline = time.time() + 1800
+    deadline = time.time() + 300
     while not path.exists() or not path.read_text():
         assert time.time() < deadline and process.poll() is None, process.communicate()[0]
         time.sleep(0.05)
@@ -107,7 +107,7 @@ def steps_of(output: Path) -> list[int]:
 
 
 def wait_for_steps(process: subprocess.Popen, output: Path, number: int) -> None:
-    deadline = time.time() + 1800
+    deadline = time.time() + 300
     while len(steps_of(output)) < number:
         assert time.time() < deadline and process.poll() is None, process.communicate()[0]
         time.sleep(0.1)
@@ -157,7 +157,7 @@ def test_a_signal_before_the_training_has_started_ends_the_launcher(name, tmp_pa
     script = start(["bash", "scripts/launch/one_node.sh", "ddp"], PYTHON=str(stub), STUB=str(tmp_path))
     launcher = int(wait_for(tmp_path / "launcher", script).split()[0])
     script.send_signal(getattr(signal, name))
-    script.communicate(timeout=1800)
+    script.communicate(timeout=300)
     assert script.returncode not in (0, None) and not is_alive(launcher)
 
 
@@ -171,7 +171,7 @@ def test_a_signal_reaches_the_training_once_and_the_script_waits_for_its_end(scr
     run = start(["bash", f"scripts/launch/{script}", "ddp"], PYTHON=str(stub), STUB=str(tmp_path), **nodes)
     wait_for(tmp_path / "training", run)
     os.killpg(run.pid, getattr(signal, name))  # as Ctrl-C in a terminal
-    output, _ = run.communicate(timeout=1800)
+    output, _ = run.communicate(timeout=300)
     assert run.returncode == 7, output
     assert (tmp_path / "received").read_text() == ("SIGTERM" if name == "SIGHUP" else name)
 
@@ -196,7 +196,7 @@ def test_the_launcher_outlives_signals_that_its_processes_do_not_ignore(engine, 
     for name in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         launch.send_signal(name)
         time.sleep(0.1)
-    output, _ = launch.communicate(timeout=1800)
+    output, _ = launch.communicate(timeout=300)
     assert launch.returncode == 0, output
 
 
@@ -218,7 +218,7 @@ def test_a_signal_saves_a_checkpoint(script, engine, gpus, name, world, tmp_path
     processes = [run, *psutil.Process(run.pid).children(recursive=True)] if name == "SIGTERM" else [run]
     for process in processes:  # a scheduler signals them all
         process.send_signal(getattr(signal, name))
-    output, _ = run.communicate(timeout=1800)
+    output, _ = run.communicate(timeout=300)
     assert run.returncode != 0 and f"stopped by {name}" in output and "SignalException" not in output, output
     done = steps_of(tmp_path)[-1]
     assert done < 400 and latest(tmp_path) == path_of(tmp_path, done)
@@ -245,7 +245,7 @@ def test_slurm_waits_for_the_checkpoint(name, requeues, tmp_path):
     job = start(["bash", "scripts/launch/slurm.sbatch", "ddp"], **variables)
     wait_for(tmp_path / "training", job)
     job.send_signal(getattr(signal, name))
-    output, _ = job.communicate(timeout=1800)
+    output, _ = job.communicate(timeout=300)
     assert job.returncode == 7 and (tmp_path / "received").read_text() == "SIGUSR1", output
     assert (tmp_path / "requeued").exists() == requeues == ("back into the queue" in output)
     assert "--cpus-per-task=12" in (tmp_path / "srun_options").read_text().splitlines()
@@ -259,7 +259,7 @@ def test_slurm_saves_and_requeues_before_the_time_is_up(world, tmp_path):
     job = start(command, **slurm)
     wait_for_steps(job, tmp_path / "run", 2)
     job.send_signal(signal.SIGUSR1)  # as --signal=B:USR1@300
-    output, _ = job.communicate(timeout=1800)
+    output, _ = job.communicate(timeout=300)
     assert job.returncode != 0 and "stopped by SIGUSR1" in output and "back into the queue" in output, output
     assert (tmp_path / "requeued").read_text() == f"requeue {slurm['SLURM_JOB_ID']}\n"
     done = steps_of(tmp_path / "run")[-1]
@@ -267,7 +267,7 @@ def test_slurm_saves_and_requeues_before_the_time_is_up(world, tmp_path):
     again = start(command, **slurm)
     wait_for_steps(again, tmp_path / "run", done + 2)
     again.send_signal(signal.SIGUSR1)
-    output, _ = again.communicate(timeout=1800)
+    output, _ = again.communicate(timeout=300)
     assert f"resuming from {tmp_path}/run/checkpoints/step_{done:06d}" in output
     steps = steps_of(tmp_path / "run")
     assert steps == list(range(1, steps[-1] + 1))

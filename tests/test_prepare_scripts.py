@@ -60,7 +60,7 @@ def run(tree, tmp_path) -> Callable[..., tuple[subprocess.CompletedProcess[str],
             env={**os.environ, **variables},
             capture_output=True,
             text=True,
-            timeout=1800,
+            timeout=300,
         )
         return done, log.read_text().splitlines()
 

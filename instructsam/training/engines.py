@@ -375,7 +375,6 @@ def start_engine(precision: str, output_dir: str, trackers: list[str] | None = N
     if accelerator.device.type == "cpu":
         # Else threads add gradients of indexed tensors up in any order, and no two runs are equal.
         torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[missing-attribute]
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != launched:
         raise RuntimeError(

@@ -135,7 +135,7 @@ def test_a_signal_stops_the_commands_too(control):
     process = start(control)
     child = wait_for(control / "blocked_train_b_seed_0")
     process.terminate()
-    assert process.wait(timeout=1800) == 130
+    assert process.wait(timeout=300) == 130
     with pytest.raises(ProcessLookupError):
         os.kill(child, 0)
     (control / "block_train_b_seed_0").unlink()
@@ -242,7 +242,7 @@ def test_two_sweeps_share_the_work(control):
     other = sweep(control)
     seeds = [pair for pair in other.ablation.order() if pair[0].name != "late"]
     threading.Timer(1.5, (control / "block_train_a_seed_0").unlink).start()
-    assert other.run(seeds) and process.wait(timeout=1800) == 0
+    assert other.run(seeds) and process.wait(timeout=300) == 0
     assert set(statuses(other).values()) == {"complete"}
     assert max(calls(control).values()) == 1
 

@@ -74,7 +74,7 @@ def test_stages_keep_the_order(workers):
 
 def test_stages_run_at_the_same_time():
     """Of three batches that follow each other each is held up in its stage until the others are in theirs."""
-    met = threading.Barrier(3, timeout=1800)
+    met = threading.Barrier(3, timeout=300)
 
     def stage(held_up: int):
         def work(number: int, *_: int) -> int:

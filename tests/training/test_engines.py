@@ -18,6 +18,8 @@ from double_precision import CLOSE
 from safetensors.torch import load_file
 from tiny_fixtures import SHALLOW
 
+from instructsam.training.engines import start_engine
+
 REPOSITORY = Path(__file__).parents[2]
 ENGINES = ("ddp", "zero1", "zero2", "zero3", "fsdp2")
 STEPS = [
@@ -199,6 +201,20 @@ def test_a_step_that_is_not_finite_is_left_out(tmp_path, engine):
     steps = [(x, y) for x, y in zip(norms(tmp_path / engine), norms(tmp_path / "ddp"), strict=True) if y is not None]
     assert [x for x, _ in steps] == pytest.approx([y for _, y in steps], rel=CLOSE)
     assert (tmp_path / engine / "events.jsonl").read_bytes() == (tmp_path / "ddp" / "events.jsonl").read_bytes()
+
+
+def test_threads_of_a_cpu_add_up_in_one_order(tmp_path):
+    """As the gradient of an indexed tensor is summed; without the engine every one of 20 trials differed."""
+    torch.use_deterministic_algorithms(False)
+    start_engine("no", str(tmp_path))
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        values, places = torch.randn(200_000), torch.randint(0, 7, (200_000,))
+        sums = [torch.zeros(7).index_put((places,), values, accumulate=True) for _ in range(20)]
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(one, sums[0]) for one in sums)
 
 
 def test_fsdp_where_it_cannot_run_says_so(world, tmp_path):

@@ -373,7 +373,7 @@ def test_busy_worker_is_killed(tmp_path, monkeypatch):
     time.sleep(1)
     close_data(iterator)
     for worker in iterator._workers:
-        worker.join(timeout=1800)
+        worker.join(timeout=300)
         assert not worker.is_alive()
 
 

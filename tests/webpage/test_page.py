@@ -41,7 +41,7 @@ def segment(page: Any, path: str, instruction: str = "", phrases: str = "") -> N
 
 def told(page: Any) -> str:
     """The message that pops up, without its title."""
-    message = page.wait_for_selector("[data-testid=toast-text]", timeout=1_800_000).inner_text()
+    message = page.wait_for_selector("[data-testid=toast-text]", timeout=300_000).inner_text()
     page.click(".toast-close")
     page.wait_for_selector(".toast-body", state="detached")  # or the next message would be sought in it
     return message
@@ -53,7 +53,7 @@ def told(page: Any) -> str:
 def test_a_visit(page, examples, tmp_path, request):
     """Upload, ask, see, toggle, slide, ask again, look back, download."""
     segment(page, examples[-1][0], phrases="squares, circles")
-    page.wait_for_selector("#overlay img", timeout=1_800_000)
+    page.wait_for_selector("#overlay img", timeout=300_000)
     assert page.input_value("#answer textarea").count("[") == 2
     boxes = page.locator("#chosen input[type=checkbox]")
     before = boxes.count()
@@ -97,7 +97,7 @@ def test_an_example(page):
     page.locator("tr", has_text="select every orange square").first.click()
     page.wait_for_selector("#picture img")
     page.click("#ask")
-    page.wait_for_selector("#overlay img", timeout=1_800_000)
+    page.wait_for_selector("#overlay img", timeout=300_000)
     assert "orange squares" in page.input_value("#answer textarea")
     assert page.locator("#chosen input[type=checkbox]").count() == 1
 
@@ -119,4 +119,4 @@ def test_bad_visits_end_in_words(page, examples, tmp_path):
     page.click("#ask")
     assert told(page) == "13 bytes that are no picture in PNG, JPEG, WEBP, BMP, TIFF or GIF"
     segment(page, examples[0][0], "every square")
-    page.wait_for_selector("#overlay img", timeout=1_800_000)
+    page.wait_for_selector("#overlay img", timeout=300_000)

@@ -19,7 +19,7 @@ from instructsam.webpage.downloads import Downloads
 
 def client(address: str) -> httpx.Client:
     """It waits long, for busy machines; and without certificates, which take longer to read than the answer."""
-    return httpx.Client(base_url=address, timeout=1800, verify=False)
+    return httpx.Client(base_url=address, timeout=300, verify=False)
 
 
 @functools.cache
@@ -90,7 +90,7 @@ def test_visitors_slide_at_the_same_time(address, examples, monkeypatch):
     """Neither is drawn before the other is being drawn too."""
     visitors = ("first", "second")
     assert all(visit(address, examples[0][0], "squares", visitor)["success"] for visitor in visitors)
-    both = threading.Barrier(2, timeout=1800)
+    both = threading.Barrier(2, timeout=300)
 
     def draw(*args: Any) -> None:
         both.wait()
